@@ -1,0 +1,73 @@
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+namespace mnp::cpu {
+
+extern const KernelTable kernels_baseline;
+#ifdef MNP_X86
+extern const KernelTable kernels_avx2;
+extern const KernelTable kernels_avx512;
+#endif
+
+namespace {
+
+struct InstructionSet {
+  const KernelTable* table;
+  bool usable;
+};
+
+std::vector<InstructionSet> instruction_sets() {
+  std::vector<InstructionSet> sets{{&kernels_baseline, true}};
+#ifdef MNP_X86
+  __builtin_cpu_init();
+  sets.push_back(
+      {&kernels_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
+  sets.push_back({&kernels_avx512, __builtin_cpu_supports("avx512f") &&
+                                       __builtin_cpu_supports("avx512bw") &&
+                                       __builtin_cpu_supports("avx512dq") &&
+                                       __builtin_cpu_supports("avx512vl")});
+#endif
+  return sets;
+}
+
+const KernelTable* choose() {
+  const char* wanted = std::getenv("MNP_FAST_CPU");
+  const KernelTable* best = nullptr;
+  for (const InstructionSet& set : instruction_sets())
+    if (set.usable && (!wanted || !*wanted || set.table->name == std::string(wanted)))
+      best = set.table;
+  if (best) return best;
+  std::string names;
+  for (const std::string& name : usable_instruction_sets()) names += " " + name;
+  throw std::runtime_error("MNP_FAST_CPU is '" + std::string(wanted) +
+                           "', but this CPU and build allow only:" + names);
+}
+
+}  // namespace
+
+std::vector<std::string> built_instruction_sets() {
+  std::vector<std::string> names;
+  for (const InstructionSet& set : instruction_sets()) names.push_back(set.table->name);
+  return names;
+}
+
+std::vector<std::string> usable_instruction_sets() {
+  std::vector<std::string> names;
+  for (const InstructionSet& set : instruction_sets())
+    if (set.usable) names.push_back(set.table->name);
+  return names;
+}
+
+const KernelTable& kernels() {
+  static const KernelTable* table = choose();
+  return *table;
+}
+
+template <>
+const Kernels<float>& kernels_of<float>() { return kernels().f32; }
+template <>
+const Kernels<double>& kernels_of<double>() { return kernels().f64; }
+
+}  // namespace mnp::cpu

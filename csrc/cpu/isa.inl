@@ -1,0 +1,59 @@
+// The kernels of one instruction set. The including file defines MNP_ISA (its name), MNP_VEC_BYTES
+// (vector width) and MNP_ROWS (rows of the register block), and is compiled with that set's flags.
+// No standard library code is instantiated here: the linker could hand it to machines without the set.
+#include "kernels.h"
+
+namespace mnp::cpu {
+namespace {
+
+constexpr int kRows = MNP_ROWS;
+
+template <class T>
+struct VecOf {
+  typedef T type __attribute__((vector_size(MNP_VEC_BYTES)));
+  typedef T unaligned __attribute__((vector_size(MNP_VEC_BYTES), aligned(alignof(T)), may_alias));
+  static constexpr int lanes = MNP_VEC_BYTES / sizeof(T);
+};
+
+template <class T>
+inline typename VecOf<T>::type load(const T* p) {
+  return *reinterpret_cast<const typename VecOf<T>::unaligned*>(p);
+}
+template <class T>
+inline void store(T* p, typename VecOf<T>::type v) {
+  *reinterpret_cast<typename VecOf<T>::unaligned*>(p) = v;
+}
+
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+// NaN goes through, as in torch.
+template <class T>
+inline T relu(T x) { return x < 0 ? T(0) : x; }
+template <class T>
+inline T max(T a, T b) { return a > b || a != a ? a : b; }
+inline float abs(float x) { return __builtin_fabsf(x); }
+inline double abs(double x) { return __builtin_fabs(x); }
+inline float sqrt(float x) { return __builtin_sqrtf(x); }
+inline double sqrt(double x) { return __builtin_sqrt(x); }
+
+#include "gemm.h"
+#include "neurons.h"
+
+template <class T>
+constexpr Kernels<T> make_kernels() {
+  return {panels_size<T>,       pack_panels<T>,         gather_scratch, gather_gemm<T>,
+          weight_grad_units<T>, weight_grad_scratch<T>, weight_grad<T>, kRows,
+          epilogue_forward<T>,  epilogue_grad<T>,       magnitude<T>,   mask_update<T>};
+}
+
+}  // namespace
+
+#define MNP_CONCAT_(a, b) a##b
+#define MNP_CONCAT(a, b) MNP_CONCAT_(a, b)
+#define MNP_STRING_(a) #a
+#define MNP_STRING(a) MNP_STRING_(a)
+
+extern const KernelTable MNP_CONCAT(kernels_, MNP_ISA);
+constexpr KernelTable MNP_CONCAT(kernels_, MNP_ISA) = {MNP_STRING(MNP_ISA), make_kernels<float>(),
+                                                       make_kernels<double>()};
+
+}  // namespace mnp::cpu

@@ -1,0 +1,134 @@
+// The CPU kernels: raw pointers and sizes only, no torch. Each instruction set has a table of them.
+//
+// Images are NHWC: element (n, h, w, c) lies at ((n * H + h) * W + w) * C + c. A "pixel" is one
+// (n, h, w); work is split over ranges [begin, end) so that the caller owns the threads.
+#pragma once
+
+#include <stdint.h>
+
+namespace mnp::cpu {
+
+// y = act(mask * (scale * u + shift) + bias + residual), per neuron (the last axis).
+template <class T>
+struct Epilogue {
+  const T* mask;              // [K], or [N][K] where mask_stride is K
+  int64_t mask_stride;        // 0, or K
+  const T* scale;             // [K]
+  const T* shift;             // [K]
+  const T* bias;              // [K]
+  const T* residual;          // laid out as the output, or null
+  T* u;                       // where u is kept for the backward, or null
+  bool relu;
+};
+
+// Output pixels of a convolution as a matrix product whose rows are gathered from the input:
+// out[p][j] = sum over taps q and channels d of input[p * step + tap q][d] * panel[q][d][j].
+// A forward pass is one of these; a gradient of the input is one for each phase of the stride.
+template <class T>
+struct GatherGemm {
+  const T* input;             // NHWC
+  int64_t in_h, in_w, in_channels;
+  const T* zeros;             // depth zeros, read where a tap falls outside the input
+  int64_t groups;
+  int64_t depth;              // input channels of a group
+  int64_t width;              // output channels of a group
+  const T* panels;            // pack_panels of every group, one after the other
+  int64_t taps;
+  const int64_t* tap_h;       // [taps] input row of a tap, relative to step_h * output row
+  const int64_t* tap_w;
+  int64_t rows, cols;         // output grid of one sample
+  int64_t step_h, step_w;     // input pixels per output pixel
+  T* output;                  // NHWC, groups * width channels
+  int64_t out_h, out_w;       // output image; grid pixel (i, j) is at
+  int64_t out_step_h, out_step_w;      // (out_origin_h + i * out_step_h,
+  int64_t out_origin_h, out_origin_w;  //  out_origin_w + j * out_step_w)
+  const Epilogue<T>* epilogue;  // null: the product itself
+};
+
+// dW[k][d][tap] = sum over output pixels of grad[p][k] * x[p at tap][d].
+template <class T>
+struct WeightGrad {
+  const T* grad;              // NHWC (batch, rows, cols, groups * width), readable slack() past its end
+  const T* input;             // NHWC
+  int64_t batch, rows, cols;
+  int64_t in_h, in_w, in_channels;
+  int64_t groups, depth, width;
+  int64_t taps;
+  const int64_t* tap_h;
+  const int64_t* tap_w;
+  int64_t step_h, step_w;
+  T* weight_grad;             // [groups * width][depth][taps]
+};
+
+// Elements (n, k, i) of a tensor with `inner` elements per neuron and sample:
+// channels_last: at (n * inner + i) * K + k; otherwise at (n * K + k) * inner + i.
+struct NeuronLayout {
+  int64_t batch, neurons, inner;
+  bool channels_last;
+};
+
+// dz = dy * act'(z); g = dz * mask * scale; and per sample and neuron, summed over `inner`:
+// sums[0] = dz, sums[1] = dz * (scale * u + shift), sums[2] = dz * u. Any output may be null.
+template <class T>
+struct EpilogueGrad {
+  NeuronLayout layout;
+  const T* grad;
+  const T* y;                 // the forward's output; null without ReLU
+  const T* u;                 // null when sums[1..2] are not wanted
+  const T* mask;
+  int64_t mask_stride;
+  const T* scale;
+  const T* shift;
+  T* dz;
+  T* g;
+  T* sums;                    // [3][batch][neurons]
+};
+
+enum class Norm : int { l1, l2, linf };
+
+template <class T>
+struct MaskUpdate {
+  T* mask;
+  const T* grad;
+  T* velocity;
+  const T* magnitude;
+  T lr, momentum, penalty;
+};
+
+template <class T>
+struct Kernels {
+  // Elements that pack_panels writes for one group.
+  int64_t (*panels_size)(int64_t taps, int64_t depth, int64_t width);
+  // Weight j, tap q, channel d is source[j * stride_j + tap_index[q] * stride_q + d * stride_d].
+  void (*pack_panels)(const T* source, int64_t stride_j, int64_t stride_q, int64_t stride_d,
+                      const int64_t* tap_index, int64_t taps, int64_t depth, int64_t width,
+                      T* panels);
+  // Pointers of scratch that one gather_gemm call needs.
+  int64_t (*gather_scratch)(int64_t taps);
+  // Grid pixels [begin, end) of batch * rows * cols.
+  void (*gather_gemm)(const GatherGemm<T>&, int64_t begin, int64_t end, const T** scratch);
+  // Independent units of work of a weight gradient, elements of scratch for one, and units [begin, end).
+  int64_t (*weight_grad_units)(const WeightGrad<T>&);
+  int64_t (*weight_grad_scratch)(const WeightGrad<T>&);
+  void (*weight_grad)(const WeightGrad<T>&, int64_t begin, int64_t end, T* scratch);
+  // Elements past the end of WeightGrad::grad that are read and not used.
+  int64_t grad_slack;
+  // Rows [begin, end): batch * inner of channels_last layouts, batch * neurons of others.
+  void (*epilogue_forward)(const NeuronLayout&, const Epilogue<T>&, const T* u, T* y, int64_t begin,
+                           int64_t end);
+  // Samples [begin, end) for neurons [first, last).
+  void (*epilogue_grad)(const EpilogueGrad<T>&, int64_t begin, int64_t end, int64_t first,
+                        int64_t last);
+  // Rows [begin, end) of a contiguous [neurons][size] matrix.
+  void (*magnitude)(const T* weight, int64_t size, Norm norm, T* out, int64_t begin, int64_t end);
+  // Elements [begin, end).
+  void (*mask_update)(const MaskUpdate<T>&, int64_t begin, int64_t end);
+};
+
+struct KernelTable {
+  const char* name;
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+}  // namespace mnp::cpu

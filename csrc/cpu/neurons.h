@@ -1,0 +1,152 @@
+// Per-neuron passes: the epilogue on its own, its gradient, magnitudes, the mask step.
+// Included once per instruction set; see isa.inl.
+#pragma once
+
+template <class T>
+void epilogue_forward(const NeuronLayout& layout, const Epilogue<T>& e, const T* u, T* y,
+                      int64_t begin, int64_t end) {
+  if (layout.channels_last) {
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t at = r * layout.neurons;
+      apply_epilogue(e, u + at, r / layout.inner, at, 0, layout.neurons, y + at);
+    }
+    return;
+  }
+  for (int64_t r = begin; r < end; ++r) {
+    const int64_t n = r / layout.neurons, k = r % layout.neurons, at = r * layout.inner;
+    const T mask = e.mask[n * e.mask_stride + k], bias = e.bias[k];
+    const T scale = e.scale[k], shift = e.shift[k];
+    for (int64_t i = 0; i < layout.inner; ++i) {
+      T z = mask * (scale * u[at + i] + shift) + bias;
+      if (e.residual) z += e.residual[at + i];
+      y[at + i] = e.relu ? relu(z) : z;
+    }
+  }
+}
+
+// Partial sums over this many elements bound the rounding error of long reductions.
+constexpr int64_t kPartial = 64;
+
+template <class T>
+struct Sums {
+  T dz = 0, t = 0, u = 0;
+  void add(const Sums& o) {
+    dz += o.dz;
+    t += o.t;
+    u += o.u;
+  }
+};
+
+template <class T>
+void epilogue_grad_planes(const EpilogueGrad<T>& a, int64_t n, int64_t k) {
+  const NeuronLayout& layout = a.layout;
+  const int64_t at = (n * layout.neurons + k) * layout.inner;
+  const T scale = a.scale[k], shift = a.shift[k], gain = a.mask[n * a.mask_stride + k] * scale;
+  Sums<T> total;
+  for (int64_t start = 0; start < layout.inner; start += kPartial) {
+    Sums<T> part;
+    const int64_t stop = min(layout.inner, start + kPartial);
+    for (int64_t i = at + start; i < at + stop; ++i) {
+      const T dz = a.y && a.y[i] <= 0 ? T(0) : a.grad[i];
+      if (a.dz) a.dz[i] = dz;
+      if (a.g) a.g[i] = dz * gain;
+      part.dz += dz;
+      if (a.u) {
+        part.t += dz * (scale * a.u[i] + shift);
+        part.u += dz * a.u[i];
+      }
+    }
+    total.add(part);
+  }
+  if (a.sums) {
+    const int64_t plane = layout.batch * layout.neurons, s = n * layout.neurons + k;
+    a.sums[s] = total.dz;
+    a.sums[plane + s] = total.t;
+    a.sums[2 * plane + s] = total.u;
+  }
+}
+
+// A strip of up to kStrip neurons of one sample, channels last.
+constexpr int64_t kStrip = 64;
+
+template <class T>
+void epilogue_grad_strip(const EpilogueGrad<T>& a, int64_t n, int64_t first, int64_t count) {
+  const NeuronLayout& layout = a.layout;
+  T gain[kStrip], total[3][kStrip] = {};
+  for (int64_t j = 0; j < count; ++j)
+    gain[j] = a.mask[n * a.mask_stride + first + j] * a.scale[first + j];
+  const T* scale = a.scale + first;
+  const T* shift = a.shift + first;
+  for (int64_t start = 0; start < layout.inner; start += kPartial) {
+    T part[3][kStrip] = {};
+    for (int64_t i = start; i < min(layout.inner, start + kPartial); ++i) {
+      const int64_t at = (n * layout.inner + i) * layout.neurons + first;
+      T dz[kStrip];
+      if (a.y)
+        for (int64_t j = 0; j < count; ++j) dz[j] = a.y[at + j] <= 0 ? T(0) : a.grad[at + j];
+      else
+        for (int64_t j = 0; j < count; ++j) dz[j] = a.grad[at + j];
+      if (a.dz)
+        for (int64_t j = 0; j < count; ++j) a.dz[at + j] = dz[j];
+      if (a.g)
+        for (int64_t j = 0; j < count; ++j) a.g[at + j] = dz[j] * gain[j];
+      if (!a.sums) continue;
+      for (int64_t j = 0; j < count; ++j) part[0][j] += dz[j];
+      if (a.u)
+        for (int64_t j = 0; j < count; ++j) {
+          const T u = a.u[at + j];
+          part[1][j] += dz[j] * (scale[j] * u + shift[j]);
+          part[2][j] += dz[j] * u;
+        }
+    }
+    for (int s = 0; s < 3; ++s)
+      for (int64_t j = 0; j < count; ++j) total[s][j] += part[s][j];
+  }
+  if (a.sums)
+    for (int s = 0; s < 3; ++s)
+      for (int64_t j = 0; j < count; ++j)
+        a.sums[(s * layout.batch + n) * layout.neurons + first + j] = total[s][j];
+}
+
+template <class T>
+void epilogue_grad(const EpilogueGrad<T>& a, int64_t begin, int64_t end, int64_t first,
+                   int64_t last) {
+  for (int64_t n = begin; n < end; ++n)
+    if (a.layout.channels_last)
+      for (int64_t k = first; k < last; k += kStrip)
+        epilogue_grad_strip(a, n, k, min(kStrip, last - k));
+    else
+      for (int64_t k = first; k < last; ++k) epilogue_grad_planes(a, n, k);
+}
+
+template <class T>
+void magnitude(const T* weight, int64_t size, Norm norm, T* out, int64_t begin, int64_t end) {
+  constexpr int64_t kLanes = 8 * VecOf<T>::lanes;
+  for (int64_t r = begin; r < end; ++r) {
+    const T* w = weight + r * size;
+    T part[kLanes] = {};
+    for (int64_t i = 0; i < size; i += kLanes) {
+      const int64_t count = min(kLanes, size - i);
+      if (norm == Norm::l1)
+        for (int64_t j = 0; j < count; ++j) part[j] += abs(w[i + j]);
+      else if (norm == Norm::l2)
+        for (int64_t j = 0; j < count; ++j) part[j] += w[i + j] * w[i + j];
+      else
+        for (int64_t j = 0; j < count; ++j) part[j] = max(part[j], abs(w[i + j]));
+    }
+    T total = 0;
+    for (int64_t j = 0; j < kLanes; ++j)
+      total = norm == Norm::linf ? max(total, part[j]) : total + part[j];
+    out[r] = norm == Norm::l2 ? sqrt(total) : total;
+  }
+}
+
+template <class T>
+void mask_update(const MaskUpdate<T>& a, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const T grad = a.grad[i] + a.penalty * a.magnitude[i];
+    a.velocity[i] = a.momentum * a.velocity[i] + grad;
+    const T mask = a.mask[i] - a.lr * a.velocity[i];
+    a.mask[i] = mask < 0 ? T(0) : mask > 1 ? T(1) : mask;
+  }
+}

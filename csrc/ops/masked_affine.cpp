@@ -1,0 +1,105 @@
+#include "ops.h"
+
+namespace mnp::ops {
+namespace {
+
+// A tensor (N, K, *) in a layout that the kernels know, in the compute type.
+struct Plan {
+  ScalarType type;
+  Tensor x;
+  cpu::NeuronLayout layout;
+  bool channels_last;
+
+  Plan(const char* op, const Tensor& given) : type(compute_type(op, given)) {
+    MNP_CHECK(given.is_cpu(), op, ": x must be on the CPU");
+    MNP_CHECK(given.dim() >= 2, op, ": x must have shape (N, K, *), not ", shape_of(given));
+    channels_last = is_channels_last(given);
+    x = arrange(given);
+    const int64_t n = x.size(0), k = x.size(1);
+    int64_t inner = 1;
+    for (int64_t i = 2; i < x.dim(); ++i) inner *= x.size(i);
+    layout = {n, k, inner, channels_last || inner == 1};
+  }
+
+  // `t` in the compute type and in x's layout.
+  Tensor arrange(const Tensor& t) const {
+    const MemoryFormat format = !channels_last   ? MemoryFormat::Contiguous
+                                : t.dim() == 4 ? MemoryFormat::ChannelsLast
+                                               : MemoryFormat::ChannelsLast3d;
+    return torch::stable::contiguous(as_type(t, type), format);
+  }
+};
+
+}  // namespace
+
+Tensor masked_affine(const Tensor& x, const MaybeTensor& mask, const MaybeTensor& scale,
+                     const MaybeTensor& shift, const MaybeTensor& bias,
+                     const MaybeTensor& residual, const std::string& activation) {
+  const char* op = "masked_affine";
+  const Plan plan(op, x);
+  const cpu::NeuronLayout& layout = plan.layout;
+  const Mask m(op, mask, layout.batch, layout.neurons, x, plan.type);
+  const Tensor a = neuron_vector(op, "scale", scale, layout.neurons, 1, x, plan.type);
+  const Tensor c = neuron_vector(op, "shift", shift, layout.neurons, 0, x, plan.type);
+  const Tensor b = neuron_vector(op, "bias", bias, layout.neurons, 0, x, plan.type);
+  const bool relu = parse_activation(op, activation);
+  MaybeTensor r;
+  if (residual) {
+    check_like(op, "residual", *residual, x);
+    r = plan.arrange(*residual);
+  }
+  Tensor y = torch::stable::empty_like(plan.x);
+  with_type(plan.type, [&](auto zero) {
+    using T = decltype(zero);
+    const cpu::Epilogue<T> e{data<T>(m.values), m.stride,           data<T>(a), data<T>(c),
+                             data<T>(b),        data_or_null<T>(r), nullptr,    relu};
+    const int64_t rows = layout.batch * (layout.channels_last ? layout.inner : layout.neurons);
+    const int64_t row_size = layout.channels_last ? layout.neurons : layout.inner;
+    torch::stable::parallel_for(0, rows, grain(row_size), [&](int64_t begin, int64_t end) {
+      cpu::kernels_of<T>().epilogue_forward(layout, e, data<T>(plan.x), mutable_data<T>(y), begin,
+                                            end);
+    });
+  });
+  return as_type(y, x.scalar_type());
+}
+
+std::tuple<Tensor, Tensor, Tensor> masked_affine_backward(
+    const Tensor& grad, const Tensor& x, const MaybeTensor& y, const MaybeTensor& mask,
+    const MaybeTensor& scale, const MaybeTensor& shift, bool need_x, bool need_residual,
+    bool need_sums) {
+  const char* op = "masked_affine_backward";
+  const Plan plan(op, x);
+  const cpu::NeuronLayout& layout = plan.layout;
+  const Mask m(op, mask, layout.batch, layout.neurons, x, plan.type);
+  const Tensor a = neuron_vector(op, "scale", scale, layout.neurons, 1, x, plan.type);
+  const Tensor c = neuron_vector(op, "shift", shift, layout.neurons, 0, x, plan.type);
+  check_like(op, "grad", grad, x);
+  if (y) check_like(op, "y", *y, x);
+  const Tensor dy = plan.arrange(grad);
+  MaybeTensor out;
+  if (y) out = plan.arrange(*y);
+  const auto output = [&](bool needed) {
+    return needed ? torch::stable::empty_like(plan.x) : torch::stable::empty({0}, plan.type);
+  };
+  Tensor dx = output(need_x), dres = output(need_residual);
+  Tensor sums = need_sums
+                    ? torch::stable::empty({3, layout.batch, layout.neurons}, plan.type)
+                    : torch::stable::empty({0}, plan.type);
+  with_type(plan.type, [&](auto zero) {
+    using T = decltype(zero);
+    cpu::EpilogueGrad<T> e{};
+    e.layout = layout;
+    e.grad = data<T>(dy);
+    e.y = data_or_null<T>(out);
+    e.u = need_sums ? data<T>(plan.x) : nullptr;
+    e.mask = data<T>(m.values), e.mask_stride = m.stride;
+    e.scale = data<T>(a), e.shift = data<T>(c);
+    e.dz = need_residual ? mutable_data<T>(dres) : nullptr;
+    e.g = need_x ? mutable_data<T>(dx) : nullptr;
+    e.sums = need_sums ? mutable_data<T>(sums) : nullptr;
+    run_epilogue_grad(e);
+  });
+  return {as_type(dx, x.scalar_type()), as_type(dres, x.scalar_type()), sums};
+}
+
+}  // namespace mnp::ops

@@ -1,0 +1,293 @@
+#include <algorithm>
+#include <memory>
+
+#include "ops.h"
+
+namespace mnp::ops {
+namespace {
+
+// A convolution's geometry, checked.
+struct Conv {
+  int64_t n, c, h, w, k, kh, kw, oh, ow, groups;
+  int64_t stride[2], padding[2], dilation[2];
+
+  Conv(const char* op, const Tensor& x, const Tensor& weight, const Ints& s, const Ints& p,
+       const Ints& d, int64_t g)
+      : groups(g) {
+    MNP_CHECK(x.is_cpu() && weight.is_cpu(), op, ": x and weight must be on the CPU");
+    MNP_CHECK(x.dim() == 4, op, ": x must have shape (N, C, H, W), not ", shape_of(x));
+    MNP_CHECK(weight.dim() == 4 && weight.numel() > 0, op,
+              ": weight must have shape (K, C / groups, kh, kw), none of them 0, not ",
+              shape_of(weight));
+    MNP_CHECK(x.scalar_type() == weight.scalar_type(), op, ": x and weight must share a dtype");
+    MNP_CHECK(s.size() == 2 && s[0] > 0 && s[1] > 0, op, ": stride must be two positive integers");
+    MNP_CHECK(d.size() == 2 && d[0] > 0 && d[1] > 0, op,
+              ": dilation must be two positive integers");
+    MNP_CHECK(p.size() == 2 && p[0] >= 0 && p[1] >= 0, op,
+              ": padding must be two non-negative integers");
+    n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
+    k = weight.size(0), kh = weight.size(2), kw = weight.size(3);
+    MNP_CHECK(g > 0 && k % g == 0 && c == weight.size(1) * g, op, ": x has ", c,
+              " channels and weight has shape ", shape_of(weight), ", which do not fit groups = ",
+              g);
+    for (int i = 0; i < 2; ++i) stride[i] = s[i], padding[i] = p[i], dilation[i] = d[i];
+    oh = (h + 2 * p[0] - d[0] * (kh - 1) - 1) / s[0] + 1;
+    ow = (w + 2 * p[1] - d[1] * (kw - 1) - 1) / s[1] + 1;
+    MNP_CHECK(h + 2 * p[0] > d[0] * (kh - 1) && w + 2 * p[1] > d[1] * (kw - 1), op, ": a kernel of ",
+              kh, "x", kw, " with dilation ", d[0], "x", d[1], " does not fit a padded input of ",
+              h + 2 * p[0], "x", w + 2 * p[1]);
+  }
+  int64_t taps() const { return kh * kw; }
+  int64_t group_in() const { return c / groups; }
+  int64_t group_out() const { return k / groups; }
+};
+
+// Which taps a gather uses, and where they read.
+struct Taps {
+  std::vector<int64_t> index, h, w;
+};
+
+Taps forward_taps(const Conv& conv) {
+  Taps taps;
+  for (int64_t i = 0; i < conv.kh; ++i)
+    for (int64_t j = 0; j < conv.kw; ++j) {
+      taps.index.push_back(i * conv.kw + j);
+      taps.h.push_back(i * conv.dilation[0] - conv.padding[0]);
+      taps.w.push_back(j * conv.dilation[1] - conv.padding[1]);
+    }
+  return taps;
+}
+
+// Input pixels with row % stride = phase meet only the taps whose output row is whole.
+Taps phase_taps(const Conv& conv, int64_t phase_h, int64_t phase_w) {
+  Taps taps;
+  for (int64_t i = 0; i < conv.kh; ++i)
+    for (int64_t j = 0; j < conv.kw; ++j) {
+      const int64_t h = phase_h + conv.padding[0] - i * conv.dilation[0];
+      const int64_t w = phase_w + conv.padding[1] - j * conv.dilation[1];
+      if (h % conv.stride[0] || w % conv.stride[1]) continue;
+      taps.index.push_back(i * conv.kw + j);
+      taps.h.push_back(h / conv.stride[0]);
+      taps.w.push_back(w / conv.stride[1]);
+    }
+  return taps;
+}
+
+// The weight with taps at one stride, which contiguous and channels-last weights have as they are.
+Tensor even_taps(const Tensor& weight) {
+  const bool even = weight.size(2) == 1 || weight.stride(2) == weight.size(3) * weight.stride(3);
+  return even ? weight : torch::stable::contiguous(weight);
+}
+
+template <class T>
+std::unique_ptr<T[]> buffer(int64_t size) {
+  return std::unique_ptr<T[]>(new T[std::max<int64_t>(1, size)]);
+}
+
+// Packs the weights of all groups; `transposed` swaps the roles of input and output channels.
+template <class T>
+std::unique_ptr<T[]> pack(const Conv& conv, const Tensor& weight, const Taps& taps,
+                          bool transposed) {
+  const auto& kernels = cpu::kernels_of<T>();
+  const int64_t count = static_cast<int64_t>(taps.index.size());
+  const int64_t depth = transposed ? conv.group_out() : conv.group_in();
+  const int64_t width = transposed ? conv.group_in() : conv.group_out();
+  const int64_t size = kernels.panels_size(count, depth, width);
+  const int64_t stride_k = weight.stride(0), stride_c = weight.stride(1);
+  const int64_t stride_tap = conv.kw > 1 ? weight.stride(3) : weight.stride(2);
+  auto panels = buffer<T>(size * conv.groups);
+  torch::stable::parallel_for(0, conv.groups, grain(size), [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g)
+      kernels.pack_panels(data<T>(weight) + g * conv.group_out() * stride_k,
+                          transposed ? stride_c : stride_k, stride_tap,
+                          transposed ? stride_k : stride_c, taps.index.data(), count, depth, width,
+                          panels.get() + g * size);
+  });
+  return panels;
+}
+
+template <class T>
+void run_gather(cpu::GatherGemm<T>& a, int64_t batch, const Taps& taps) {
+  const auto& kernels = cpu::kernels_of<T>();
+  std::unique_ptr<T[]> zeros(new T[a.depth]());
+  a.zeros = zeros.get();
+  a.taps = static_cast<int64_t>(taps.index.size());
+  a.tap_h = taps.h.data();
+  a.tap_w = taps.w.data();
+  torch::stable::parallel_for(
+      0, batch * a.rows * a.cols, grain(a.taps * a.depth * a.width * a.groups),
+      [&](int64_t begin, int64_t end) {
+        auto scratch = buffer<const T*>(kernels.gather_scratch(a.taps));
+        kernels.gather_gemm(a, begin, end, scratch.get());
+      });
+}
+
+template <class T>
+void input_grad(const Conv& conv, const Tensor& weight, const T* g, T* dx) {
+  for (int64_t phase_h = 0; phase_h < std::min(conv.stride[0], conv.h); ++phase_h)
+    for (int64_t phase_w = 0; phase_w < std::min(conv.stride[1], conv.w); ++phase_w) {
+      const Taps taps = phase_taps(conv, phase_h, phase_w);
+      const auto panels = pack<T>(conv, weight, taps, true);
+      cpu::GatherGemm<T> a{};
+      a.input = g;
+      a.in_h = conv.oh, a.in_w = conv.ow, a.in_channels = conv.k;
+      a.groups = conv.groups, a.depth = conv.group_out(), a.width = conv.group_in();
+      a.panels = panels.get();
+      a.rows = (conv.h - phase_h + conv.stride[0] - 1) / conv.stride[0];
+      a.cols = (conv.w - phase_w + conv.stride[1] - 1) / conv.stride[1];
+      a.step_h = a.step_w = 1;
+      a.output = dx;
+      a.out_h = conv.h, a.out_w = conv.w;
+      a.out_step_h = conv.stride[0], a.out_step_w = conv.stride[1];
+      a.out_origin_h = phase_h, a.out_origin_w = phase_w;
+      run_gather(a, conv.n, taps);
+    }
+}
+
+template <class T>
+void weight_grad(const Conv& conv, const T* g, const T* x, T* dw) {
+  const auto& kernels = cpu::kernels_of<T>();
+  const Taps taps = forward_taps(conv);
+  cpu::WeightGrad<T> a{};
+  a.grad = g, a.input = x, a.weight_grad = dw;
+  a.batch = conv.n, a.rows = conv.oh, a.cols = conv.ow;
+  a.in_h = conv.h, a.in_w = conv.w, a.in_channels = conv.c;
+  a.groups = conv.groups, a.depth = conv.group_in(), a.width = conv.group_out();
+  a.taps = conv.taps(), a.tap_h = taps.h.data(), a.tap_w = taps.w.data();
+  a.step_h = conv.stride[0], a.step_w = conv.stride[1];
+  const int64_t units = kernels.weight_grad_units(a);
+  torch::stable::parallel_for(
+      0, units, grain(conv.n * conv.oh * conv.ow * a.depth), [&](int64_t begin, int64_t end) {
+        auto scratch = buffer<T>(kernels.weight_grad_scratch(a));
+        kernels.weight_grad(a, begin, end, scratch.get());
+      });
+}
+
+Tensor to_channels_last(const Tensor& t, ScalarType type) {
+  return torch::stable::contiguous(as_type(t, type), MemoryFormat::ChannelsLast);
+}
+
+// `t` in the input's dtype and memory format.
+Tensor as_given(const Tensor& t, const Tensor& input) {
+  const Tensor typed = as_type(t, input.scalar_type());
+  return is_channels_last(input) ? typed : torch::stable::contiguous(typed);
+}
+
+Tensor empty(const Ints& sizes, ScalarType type, bool channels_last = false) {
+  return torch::stable::empty(
+      {sizes.data(), sizes.size()}, type, std::nullopt, std::nullopt, std::nullopt,
+      channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> masked_conv2d(const Tensor& x, const Tensor& weight,
+                                         const MaybeTensor& mask, const MaybeTensor& scale,
+                                         const MaybeTensor& shift, const MaybeTensor& bias,
+                                         const MaybeTensor& residual, const Ints& stride,
+                                         const Ints& padding, const Ints& dilation, int64_t groups,
+                                         const std::string& activation, bool keep_u) {
+  const char* op = "masked_conv2d";
+  const ScalarType type = compute_type(op, x);
+  const Conv conv(op, x, weight, stride, padding, dilation, groups);
+  const Mask m(op, mask, conv.n, conv.k, x, type);
+  const Tensor a = neuron_vector(op, "scale", scale, conv.k, 1, x, type);
+  const Tensor c = neuron_vector(op, "shift", shift, conv.k, 0, x, type);
+  const Tensor b = neuron_vector(op, "bias", bias, conv.k, 0, x, type);
+  const bool relu = parse_activation(op, activation);
+
+  const Ints sizes{conv.n, conv.k, conv.oh, conv.ow};
+  Tensor y = empty(sizes, type, true);
+  Tensor u = keep_u ? empty(sizes, type, true) : empty({0}, type);
+  MaybeTensor r;
+  if (residual) {
+    MNP_CHECK(residual->dim() == 4 && residual->size(0) == conv.n && residual->size(1) == conv.k &&
+                  residual->size(2) == conv.oh && residual->size(3) == conv.ow,
+              op, ": residual must have the output's shape ", shape_of(y), ", not ",
+              shape_of(*residual));
+    MNP_CHECK(residual->is_cpu() && residual->scalar_type() == x.scalar_type(), op,
+              ": residual must have the input's dtype and device");
+    r = to_channels_last(*residual, type);
+  }
+  const Tensor input = to_channels_last(x, type);
+  const Tensor kernel = even_taps(as_type(weight, type));
+  with_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    const Taps taps = forward_taps(conv);
+    const auto panels = pack<T>(conv, kernel, taps, false);
+    const cpu::Epilogue<T> epilogue{data<T>(m.values), m.stride,    data<T>(a),
+                                    data<T>(c),        data<T>(b),  data_or_null<T>(r),
+                                    keep_u ? mutable_data<T>(u) : nullptr, relu};
+    cpu::GatherGemm<T> g{};
+    g.input = data<T>(input);
+    g.in_h = conv.h, g.in_w = conv.w, g.in_channels = conv.c;
+    g.groups = groups, g.depth = conv.group_in(), g.width = conv.group_out();
+    g.panels = panels.get();
+    g.rows = g.out_h = conv.oh, g.cols = g.out_w = conv.ow;
+    g.step_h = conv.stride[0], g.step_w = conv.stride[1];
+    g.output = mutable_data<T>(y);
+    g.out_step_h = g.out_step_w = 1;
+    g.epilogue = &epilogue;
+    run_gather(g, conv.n, taps);
+  });
+  return {as_given(y, x), u};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& weight, const MaybeTensor& y,
+    const MaybeTensor& u, const MaybeTensor& mask, const MaybeTensor& scale,
+    const MaybeTensor& shift, const Ints& stride, const Ints& padding, const Ints& dilation,
+    int64_t groups, bool need_x, bool need_weight, bool need_residual, bool need_sums) {
+  const char* op = "masked_conv2d_backward";
+  const ScalarType type = compute_type(op, x);
+  const Conv conv(op, x, weight, stride, padding, dilation, groups);
+  const Mask m(op, mask, conv.n, conv.k, x, type);
+  const Tensor a = neuron_vector(op, "scale", scale, conv.k, 1, x, type);
+  const Tensor c = neuron_vector(op, "shift", shift, conv.k, 0, x, type);
+  MNP_CHECK(grad.dim() == 4 && grad.size(0) == conv.n && grad.size(1) == conv.k &&
+                grad.size(2) == conv.oh && grad.size(3) == conv.ow,
+            op, ": grad must have the output's shape, not ", shape_of(grad));
+  MNP_CHECK(grad.is_cpu() && grad.scalar_type() == x.scalar_type(), op,
+            ": grad must have the input's dtype and device");
+  if (y) check_like(op, "y", *y, grad);
+  MNP_CHECK(!u || (u->is_cpu() && u->scalar_type() == type && u->numel() == grad.numel()), op,
+            ": u must be what masked_conv2d kept");
+
+  const Tensor dy = to_channels_last(grad, type);
+  MaybeTensor out, pre;
+  if (y) out = to_channels_last(*y, type);
+  if (u) pre = torch::stable::contiguous(*u, MemoryFormat::ChannelsLast);
+  const Ints out_sizes{conv.n, conv.k, conv.oh, conv.ow};
+  Tensor dres = need_residual ? empty(out_sizes, type, true) : empty({0}, type);
+  Tensor dx = need_x ? empty({conv.n, conv.c, conv.h, conv.w}, type, true) : empty({0}, type);
+  Tensor dw = need_weight ? empty({conv.k, conv.group_in(), conv.kh, conv.kw}, type)
+                          : empty({0}, type);
+  Tensor sums = need_sums ? empty({3, conv.n, conv.k}, type) : empty({0}, type);
+  with_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    std::unique_ptr<T[]> g;
+    if (need_x || need_weight)
+      g = buffer<T>(grad.numel() + cpu::kernels_of<T>().grad_slack);
+    cpu::EpilogueGrad<T> e{};
+    e.layout = {conv.n, conv.k, conv.oh * conv.ow, true};
+    e.grad = data<T>(dy);
+    e.y = data_or_null<T>(out);
+    e.u = need_sums ? data_or_null<T>(pre) : nullptr;
+    e.mask = data<T>(m.values), e.mask_stride = m.stride;
+    e.scale = data<T>(a), e.shift = data<T>(c);
+    e.dz = need_residual ? mutable_data<T>(dres) : nullptr;
+    e.g = g.get();
+    e.sums = need_sums ? mutable_data<T>(sums) : nullptr;
+    run_epilogue_grad(e);
+    if (need_x)
+      input_grad(conv, even_taps(as_type(weight, type)), g.get(), mutable_data<T>(dx));
+    if (need_weight) {
+      const Tensor input = to_channels_last(x, type);
+      weight_grad(conv, g.get(), data<T>(input), mutable_data<T>(dw));
+    }
+  });
+  return {need_x ? as_given(dx, x) : dx, need_weight ? as_type(dw, x.scalar_type()) : dw,
+          need_residual ? as_given(dres, x) : dres, sums};
+}
+
+}  // namespace mnp::ops

@@ -1,0 +1,33 @@
+"""Loads the compiled extension, or says exactly why it cannot be loaded."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from pathlib import Path
+
+import torch  # its libraries must be loaded before the extension's
+
+
+def _explain(error: ImportError) -> str:
+    folder = Path(__file__).parent
+    built = sorted(path.name for path in folder.glob("_C*.so"))
+    lines = [
+        f"mnp_fast's compiled extension cannot be loaded: {error}",
+        f"  python {platform.python_version()} ({sys.executable}), torch {torch.__version__} "
+        f"({Path(torch.__file__).parent})",
+        f"  extension modules in {folder}: {', '.join(built) or 'none'}",
+    ]
+    if not built:
+        lines.append("  The package was not built here: install it with pip.")
+    elif "undefined symbol" in str(error):
+        lines.append("  mnp_fast needs torch >= 2.10; this torch lacks the symbol named above.")
+    return "\n".join(lines)
+
+
+try:
+    from . import _C
+except ImportError as error:
+    raise ImportError(_explain(error)) from error
+
+__all__ = ["_C"]

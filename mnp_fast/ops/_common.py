@@ -1,0 +1,86 @@
+"""What the operators share: registration, dtypes, and the gradients of per-neuron vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("mnp_fast", "IMPL")  # noqa: TOR901 (lives as long as the package)
+
+
+def default_kernel(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a plain-PyTorch kernel for the devices that have no compiled one."""
+
+    def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        _library.impl(name, kernel, "CompositeExplicitAutograd")
+        return kernel
+
+    return register
+
+
+def no_double_backward(name: str) -> None:
+    """Make differentiating the backward operator `name` an error instead of a wrong result."""
+
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError(f"mnp_fast::{name} cannot be differentiated a second time")
+
+    torch.library.register_autograd(f"mnp_fast::{name}", backward)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that kernels compute and accumulate in."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether x is channels-last in memory, and not contiguous as well."""
+    if x.dim() not in (4, 5) or x.is_contiguous():
+        return False
+    last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    return x.is_contiguous(memory_format=last)
+
+
+def empty_like_layout(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """An empty 4-D tensor in the dtype, device and memory format of x."""
+    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for the gradient of any of the tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def vector_grads(
+    sums: Tensor, vectors: tuple[Tensor | None, ...], needed: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """Gradients of mask, scale, shift and bias from the backward's per-sample sums.
+
+    Parameters
+    ----------
+    sums
+        (3, N, K): dz, dz * t and dz * u, each summed over a sample's pixels.
+    vectors
+        mask, (K,) or (N, K), and scale, shift, bias, (K,); None where not given.
+    needed
+        Which of the four gradients are wanted.
+    """
+    mask = vectors[0]
+    dz, dz_t, dz_u = sums.unbind(0)
+
+    def masked(sum_: Tensor) -> Tensor:
+        return (sum_ if mask is None else sum_ * mask.to(sum_.dtype)).sum(0)
+
+    formulas: list[Callable[[], Tensor]] = [
+        lambda: dz_t if mask is not None and mask.dim() == 2 else dz_t.sum(0),
+        lambda: masked(dz_u),
+        lambda: masked(dz),
+        lambda: dz.sum(0),
+    ]
+    return [
+        formula().to(vector.dtype) if vector is not None and wanted else None
+        for formula, vector, wanted in zip(formulas, vectors, needed, strict=True)
+    ]

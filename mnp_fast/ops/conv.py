@@ -1,0 +1,361 @@
+"""Fused masked convolution and linear layer: ``act(mask * (scale * u + shift) + bias + residual)``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import reference
+from ._common import (
+    compute_dtype,
+    default_kernel,
+    empty_like_layout,
+    no_double_backward,
+    vector_grads,
+    wants_grad,
+)
+
+
+def masked_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    activation: str = "none",
+) -> Tensor:
+    """Convolution, per-neuron affine, mask, residual and activation as one operator.
+
+    Computes ``act(mask * (scale * conv2d(x, weight) + shift) + bias + residual)``. Differentiable
+    in every tensor once; gradients that nobody asks for are not computed, the weight's above all.
+
+    Parameters
+    ----------
+    x
+        Input (N, C, H, W); float32, float64, or bfloat16 and float16 (computed in float32). The
+        output has its dtype and memory format (contiguous or channels-last).
+    weight
+        Filters (K, C / groups, kh, kw), in x's dtype.
+    mask
+        Neuron masks (K,), or one row a sample (N, K), whose gradient is then per sample too.
+        None means 1.
+    scale, shift, bias
+        Per-neuron vectors (K,); None means 1, 0 and 0.
+    residual
+        Added before the activation; the output's shape.
+    stride, padding, dilation
+        One integer, or two for height and width. Padding is with zeros.
+    groups
+        Number of channel groups.
+    activation
+        `"none"` or `"relu"`.
+
+    Returns
+    -------
+    Tensor
+        (N, K, OH, OW).
+
+    Raises
+    ------
+    RuntimeError
+        Shapes, dtypes, devices or options that do not fit together; the message names the argument.
+    """
+    return torch.ops.mnp_fast.masked_conv2d(
+        x,
+        weight,
+        mask,
+        scale,
+        shift,
+        bias,
+        residual,
+        _pair(stride),
+        _pair(padding),
+        _pair(dilation),
+        groups,
+        activation,
+        wants_grad(mask, scale),
+    )[0]
+
+
+def masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    activation: str = "none",
+) -> Tensor:
+    """``act(mask * (scale * (x @ weight.T) + shift) + bias + residual)``.
+
+    A linear layer is a 1×1 convolution whose pixels are the positions between the first and the
+    last axis, so it runs as one.
+
+    Parameters
+    ----------
+    x
+        Input (N, *, C) or (C,); dtypes as in `masked_conv2d`.
+    weight
+        (K, C), in x's dtype.
+    mask, scale, shift, bias
+        As in `masked_conv2d`.
+    residual
+        The output's shape.
+    activation
+        `"none"` or `"relu"`.
+
+    Returns
+    -------
+    Tensor
+        (N, *, K) or (K,).
+
+    Raises
+    ------
+    RuntimeError
+        As in `masked_conv2d`.
+    """
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise RuntimeError(
+            "masked_linear: x must have shape (N, *, C) and weight (K, C), "
+            f"not {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    shape = (*x.shape[:-1], weight.shape[0])
+    if residual is not None and residual.shape != shape:
+        raise RuntimeError(
+            f"masked_linear: residual must have the output's shape {shape}, "
+            f"not {tuple(residual.shape)}"
+        )
+    if x.shape[1:-1].numel() == 0:  # no pixels, which a convolution refuses
+        return reference.masked_linear(x, weight, mask, scale, shift, bias, residual, activation)
+    y = masked_conv2d(
+        _as_image(x),
+        weight[:, :, None, None],
+        mask,
+        scale,
+        shift,
+        bias,
+        None if residual is None else _as_image(residual),
+        activation=activation,
+    )
+    return y.movedim(1, -1).reshape(shape)
+
+
+def _as_image(x: Tensor) -> Tensor:
+    """(N, *, C) as a channels-last image (N, C, positions, 1), without copying."""
+    samples = x.shape[0] if x.dim() > 1 else 1
+    positions = x.shape[1:-1].numel() if x.dim() > 1 else 1
+    return x.reshape(samples, positions, 1, x.shape[-1]).movedim(-1, 1)
+
+
+def _pair(value: int | Sequence[int]) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+def _output_size(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, ...]:
+    spatial = (
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i]
+        + 1
+        for i in range(2)
+    )
+    return (x.shape[0], weight.shape[0], *spatial)
+
+
+@torch.library.register_fake("mnp_fast::masked_conv2d")
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: str,
+    keep_u: bool,
+) -> tuple[Tensor, Tensor]:
+    sizes = _output_size(x, weight, stride, padding, dilation)
+    dtype = compute_dtype(x.dtype)
+    if not keep_u:
+        return empty_like_layout(x, sizes), x.new_empty(0, dtype=dtype)
+    u = torch.empty(sizes, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+    return empty_like_layout(x, sizes), u
+
+
+@default_kernel("masked_conv2d")
+def _default(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: str,
+    keep_u: bool,
+) -> tuple[Tensor, Tensor]:
+    u = F.conv2d(x, weight, None, stride, padding, dilation, groups)
+    y = empty_like_layout(x, tuple(u.shape))
+    y.copy_(reference.epilogue(u, mask, scale, shift, bias, residual, activation))
+    dtype = compute_dtype(x.dtype)
+    if not keep_u:
+        return y, x.new_empty(0, dtype=dtype)
+    return y, u.to(dtype).clone(memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("mnp_fast::masked_conv2d_backward")
+def _backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor | None,
+    u: Tensor | None,
+    mask: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    need_x: bool,
+    need_weight: bool,
+    need_residual: bool,
+    need_sums: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    none = x.new_empty(0, dtype=compute_dtype(x.dtype))
+    return (
+        empty_like_layout(x, tuple(x.shape)) if need_x else none,
+        weight.new_empty(weight.shape) if need_weight else none.clone(),
+        empty_like_layout(x, tuple(grad.shape)) if need_residual else none.clone(),
+        none.new_empty(3, *grad.shape[:2]) if need_sums else none.clone(),
+    )
+
+
+@default_kernel("masked_conv2d_backward")
+def _backward_default(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor | None,
+    u: Tensor | None,
+    mask: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    need_x: bool,
+    need_weight: bool,
+    need_residual: bool,
+    need_sums: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(x.dtype)
+    none = x.new_empty(0, dtype=dtype)
+    dz, g, sums = reference.epilogue_backward(
+        grad.to(dtype),
+        y,
+        u,
+        *(None if v is None else v.to(dtype) for v in (mask, scale, shift)),
+    )
+    dx, dw, _ = torch.ops.aten.convolution_backward(
+        g.to(x.dtype),
+        x,
+        weight,
+        None,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0, 0],
+        groups,
+        [need_x, need_weight, False],
+    )
+    return (
+        empty_like_layout(x, tuple(x.shape)).copy_(dx) if need_x else none,
+        dw.contiguous() if need_weight else none.clone(),
+        empty_like_layout(x, tuple(dz.shape)).copy_(dz) if need_residual else none.clone(),
+        sums if need_sums else none.clone(),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, mask, scale, shift, bias, residual, *geometry, activation, keep_u = inputs
+    y, u = output
+    ctx.mark_non_differentiable(u)
+    ctx.geometry = geometry
+    ctx.relu, ctx.keep_u = activation == "relu", keep_u
+    ctx.save_for_backward(
+        x,
+        weight,
+        y if ctx.relu else None,
+        u if keep_u else None,
+        mask,
+        scale,
+        shift,
+        bias,
+    )
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, y, u, mask, scale, shift, bias = ctx.saved_tensors
+    need_x, need_weight, *need_vectors, need_residual = ctx.needs_input_grad[:7]
+    if (need_vectors[0] or need_vectors[1]) and not ctx.keep_u:
+        raise RuntimeError("masked_conv2d: gradients of mask and scale need keep_u=True")
+    dx, dw, dz, sums = torch.ops.mnp_fast.masked_conv2d_backward(
+        grad,
+        x,
+        weight,
+        y,
+        u,
+        mask,
+        scale,
+        shift,
+        *ctx.geometry,
+        need_x,
+        need_weight,
+        need_residual and ctx.relu,
+        any(need_vectors),
+    )
+    vectors: list[Tensor | None] = [None] * 4
+    if any(need_vectors):
+        vectors = vector_grads(sums, (mask, scale, shift, bias), tuple(need_vectors))
+    residual = (dz if ctx.relu else grad) if need_residual else None
+    return (
+        dx if need_x else None,
+        dw if need_weight else None,
+        *vectors,
+        residual,
+        *(None,) * 6,
+    )
+
+
+torch.library.register_autograd(
+    "mnp_fast::masked_conv2d", _backward, setup_context=_setup_context
+)
+no_double_backward("masked_conv2d_backward")

@@ -1,0 +1,217 @@
+"""Figures of a defense's result.
+
+Every function returns a matplotlib `Figure` made through the object interface: no global state, no
+display. Save one with `figure.savefig(...)`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from .result import DefenseResult
+
+INK = "#1f2933"
+MUTED = "#6b7785"
+GRID = "#e4e8ec"
+KEPT = "#2f6f9f"
+PRUNED = "#c8442b"
+PHASES = {"suppress": ("Suppression", "#8a6d3b"), "fit": ("Mask fitting", KEPT)}
+BINS = 40
+SIZE = (5.2, 3.2)
+
+
+def mask_histogram(result: DefenseResult) -> Figure:
+    """How many neurons have which fitted mask, pruned and kept stacked, counts logarithmic."""
+    masks = {name: layer.mask.numpy() for name, layer in result.neurons.items()}
+    pruned = {(neuron.layer, neuron.index) for neuron in result.pruned}
+    cut = np.concatenate(
+        [
+            np.array([(name, index) in pruned for index in range(len(values))], dtype=bool)
+            for name, values in masks.items()
+        ]
+    )
+    values = np.concatenate(list(masks.values()))
+    figure, axes = _figure()
+    groups = [
+        (values[cut], PRUNED, f"Pruned ({cut.sum():,})"),
+        (values[~cut], KEPT, f"Kept ({(~cut).sum():,})"),
+    ]
+    axes.hist(
+        [group[0] for group in groups],
+        bins=np.linspace(0, 1, BINS + 1),
+        stacked=True,
+        color=[group[1] for group in groups],
+        label=[group[2] for group in groups],
+        edgecolor="white",
+        linewidth=0.4,
+    )
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=0.7)
+    axes.set_xlim(0, 1)
+    axes.set(xlabel="Fitted mask", ylabel="Neurons (log)")
+    _legend(axes)
+    return figure
+
+
+def accuracy_curve(result: DefenseResult) -> Figure:
+    """Accuracy on the clean set in percent against neurons pruned; the chosen cut is marked."""
+    figure, axes = _figure()
+    axes.plot(
+        [point.pruned for point in result.curve],
+        [point.accuracy for point in result.curve],
+        color=KEPT,
+        linewidth=1.8,
+        marker="o" if len(result.curve) <= BINS else None,
+        markersize=3,
+    )
+    cut = result.cut
+    axes.axvline(cut.pruned, color=PRUNED, linewidth=1, linestyle=(0, (4, 3)))
+    axes.plot(cut.pruned, cut.accuracy, "o", color=PRUNED, markersize=7, markeredgecolor="white")
+    axes.set_ylim(-3, 103)
+    left, right = axes.get_xlim()
+    on_left = cut.pruned > (left + right) / 2
+    axes.annotate(
+        f"Cut: {cut.pruned:,} pruned, {cut.accuracy:.1f} %",
+        (cut.pruned, 4),
+        xytext=(-7 if on_left else 7, 0),
+        textcoords="offset points",
+        ha="right" if on_left else "left",
+        va="bottom",
+        color=PRUNED,
+        fontsize=9,
+    )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+    axes.set(xlabel="Neurons pruned, lowest mask first", ylabel="Clean accuracy (%)")
+    return figure
+
+
+def magnitude_saliency(result: DefenseResult) -> Figure:
+    """Saliency against weight magnitude of every neuron, both logarithmic, coloured by depth.
+
+    Pruned neurons are ringed. Neurons of magnitude or saliency 0 are drawn on the lower border.
+    """
+    figure, axes = _figure()
+    layers = list(result.neurons.items())
+    cmap = colormaps["viridis"]
+    colours = cmap(np.linspace(0.05, 0.9, len(layers)))
+    magnitudes = [layer.magnitude.numpy() for _, layer in layers]
+    saliencies = [layer.saliency.numpy() for _, layer in layers]
+    floors = _floor(magnitudes), _floor(saliencies)
+    for index in range(len(layers)):
+        axes.scatter(
+            np.maximum(magnitudes[index], floors[0]),
+            np.maximum(saliencies[index], floors[1]),
+            s=9,
+            color=colours[index],
+            alpha=0.75,
+            linewidths=0,
+        )
+    ringed = [
+        (
+            max(float(result.neurons[neuron.layer].magnitude[neuron.index]), floors[0]),
+            max(float(result.neurons[neuron.layer].saliency[neuron.index]), floors[1]),
+        )
+        for neuron in result.pruned
+    ]
+    if ringed:
+        x, y = zip(*ringed, strict=True)
+        axes.scatter(
+            x, y, s=34, facecolors="none", edgecolors=PRUNED, linewidths=1.1, label="Pruned"
+        )
+        _legend(axes)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set(xlabel="Magnitude (l1 norm of the weights)", ylabel="Saliency (|Δ loss|, first order)")
+    if len(layers) > 1:
+        bounds = np.arange(len(layers) + 1) + 0.5
+        mappable = ScalarMappable(BoundaryNorm(bounds, len(layers)), ListedColormap(colours))
+        bar = figure.colorbar(mappable, ax=axes, pad=0.02, aspect=28)
+        bar.set_ticks(sorted({1, (len(layers) + 1) // 2, len(layers)}))
+        bar.set_label("Layer, from the input", color=MUTED, fontsize=9)
+        bar.ax.tick_params(length=0, labelsize=8.5, colors=MUTED)
+        bar.outline.set_visible(False)
+    return figure
+
+
+def objective_history(result: DefenseResult) -> Figure:
+    """Each phase's objective by epoch, one panel a phase."""
+    phases = list(dict.fromkeys(record.phase for record in result.history))
+    figure = _canvas()
+    panels = figure.subplots(1, max(len(phases), 1), squeeze=False)[0]
+    for axes, phase in zip(panels, phases, strict=False):
+        _style(axes)
+        title, colour = PHASES.get(phase, (phase, INK))
+        records = [record for record in result.history if record.phase == phase]
+        axes.plot(
+            [record.epoch for record in records],
+            [record.loss for record in records],
+            color=colour,
+            linewidth=1.8,
+            marker="o" if len(records) <= BINS else None,
+            markersize=3,
+        )
+        axes.set_title(title, fontsize=10, loc="left", color=INK)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        axes.set(xlabel="Epoch")
+    if phases:
+        panels[0].set_ylabel("Objective")
+    else:
+        _style(panels[0])
+        panels[0].set(xlabel="Epoch", ylabel="Objective")
+    return figure
+
+
+def _canvas() -> Figure:
+    figure = Figure(figsize=SIZE, dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _figure() -> tuple[Figure, Axes]:
+    figure = _canvas()
+    axes = figure.subplots()
+    _style(axes)
+    return figure, axes
+
+
+def _style(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(GRID)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", length=0, colors=MUTED, labelsize=9)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set(color=MUTED, fontsize=9.5)
+
+
+def _legend(axes: Axes) -> None:
+    # Above the axes, where it covers no data.
+    axes.legend(
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=2,
+        borderaxespad=0.2,
+        handletextpad=0.5,
+    )
+
+
+def _floor(values: list[NDArray[np.float32]]) -> float:
+    """The smallest positive value, so that zeros show on a logarithmic axis."""
+    everything = np.concatenate(values)
+    positive = everything[everything > 0]
+    return float(positive.min()) if len(positive) else 1.0

@@ -1,0 +1,226 @@
+"""A defense's result as files: `report.json` for programs, `report.html` for people."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from . import plots
+from .io.files import atomic_path, ensure_writable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from matplotlib.figure import Figure
+
+    from .result import DefenseResult
+
+SECTIONS: tuple[tuple[str, str, Callable[[DefenseResult], Figure]], ...] = (
+    (
+        "Clean accuracy against neurons pruned",
+        "Neurons go in the order of their fitted masks, lowest first. The dashed line is the cut "
+        "that was chosen.",
+        plots.accuracy_curve,
+    ),
+    (
+        "Fitted masks",
+        "A mask near 0 marks a neuron that clean data does not need and the penalty drove out.",
+        plots.mask_histogram,
+    ),
+    (
+        "Magnitude against saliency",
+        "A neuron of large weights and little clean saliency is suspect. Pruned neurons are "
+        "ringed.",
+        plots.magnitude_saliency,
+    ),
+    (
+        "Objective by epoch",
+        "Suppression raises the clean loss until the model forgets clean data; the masks are then "
+        "fitted.",
+        plots.objective_history,
+    ),
+)
+PHASE_NAMES = {"suppress": "Suppression", "fit": "Mask fitting", "select": "Choice of the cut"}
+
+
+def write_report(
+    result: DefenseResult,
+    folder: str | os.PathLike[str],
+    *,
+    title: str,
+    extra: dict[str, Any] | None = None,
+) -> Path:
+    """Write `report.json` and `report.html` into `folder`, each atomically.
+
+    The page is one file: style and plots are inside, nothing is fetched and no script runs.
+
+    Parameters
+    ----------
+    result
+        What `defend` returned.
+    folder
+        Where to write; created if needed.
+    title
+        Heading of the page.
+    extra
+        Plain data added to the top level of the JSON. `"before"` and `"after"`, dicts with
+        `"accuracy"` and `"asr"` (attack success rate) in percent, also head the page.
+
+    Returns
+    -------
+    Path
+        The page, `folder/report.html`.
+
+    Raises
+    ------
+    ValueError
+        A key of `extra` is one that the report writes itself.
+    TypeError
+        `extra` holds what JSON cannot.
+    OSError
+        The folder cannot be written.
+    """
+    content = report_content(result, title=title, extra=extra)
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    page = render_page(result, content)
+    folder = ensure_writable(folder)
+    with atomic_path(folder / "report.json") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    with atomic_path(folder / "report.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return folder / "report.html"
+
+
+def report_content(
+    result: DefenseResult, *, title: str, extra: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The content of `report.json`; NaN and infinite numbers become null.
+
+    Raises
+    ------
+    ValueError
+        A key of `extra` is one that the report writes itself.
+    """
+    own = {
+        "title": title,
+        "mnp_fast": _version(),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **result.summary(),
+    }
+    clash = sorted(set(own) & set(extra or {}))
+    if clash:
+        raise ValueError(f"extra has keys that the report writes itself: {', '.join(clash)}")
+    finite = _finite({**own, **(extra or {})})
+    assert isinstance(finite, dict)
+    return finite
+
+
+def render_page(result: DefenseResult, content: dict[str, Any]) -> str:
+    """The HTML page for a result and its `report_content`."""
+    environment = Environment(
+        loader=PackageLoader("mnp_fast"),
+        # Layer names come from an untrusted model.
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = _number
+    return environment.get_template("report.html.j2").render(
+        content=content,
+        attack=_attack_rows(content),
+        summary=_summary_rows(result),
+        layers=_layer_rows(result),
+        sections=[
+            {"title": heading, "note": note, "svg": _svg(draw(result), index)}
+            for index, (heading, note, draw) in enumerate(SECTIONS)
+        ],
+    )
+
+
+def _version() -> str:
+    try:
+        return metadata.version("mnp_fast")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _attack_rows(content: dict[str, Any]) -> list[dict[str, Any]]:
+    before, after = content.get("before"), content.get("after")
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return []
+    names = (("accuracy", "Clean accuracy"), ("asr", "Attack success rate"))
+    return [
+        {"name": name, "before": before[key], "after": after[key]}
+        for key, name in names
+        if key in before and key in after
+    ]
+
+
+def _summary_rows(result: DefenseResult) -> list[tuple[str, str]]:
+    total = sum(len(layer.mask) for layer in result.neurons.values())
+    share = 100 * len(result.pruned) / max(total, 1)
+    rows = []
+    if result.curve and result.curve[0].pruned == 0:
+        rows.append(("Clean accuracy before the cut", f"{_number(result.curve[0].accuracy)} %"))
+    rows += [
+        ("Clean accuracy at the cut", f"{_number(result.cut.accuracy)} %"),
+        ("Clean loss at the cut", f"{result.cut.loss:.4g} nats"),
+        ("Neurons pruned", f"{len(result.pruned):,} of {total:,} ({share:.1f} %)"),
+    ]
+    rows += [
+        (PHASE_NAMES.get(phase, phase), f"{seconds:,.1f} s")
+        for phase, seconds in result.seconds.items()
+    ]
+    rows.append(("Total time", f"{sum(result.seconds.values()):,.1f} s"))
+    return rows
+
+
+def _layer_rows(result: DefenseResult) -> list[dict[str, Any]]:
+    counts = dict.fromkeys(result.neurons, 0)
+    for neuron in result.pruned:
+        counts[neuron.layer] += 1
+    return [
+        {
+            "name": name,
+            "pruned": count,
+            "neurons": len(result.neurons[name].mask),
+            "share": 100 * count / max(len(result.neurons[name].mask), 1),
+        }
+        for name, count in counts.items()
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+def _svg(figure: Figure, index: int) -> Markup:
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    # A salt of its own keeps the ids of one page's figures apart; paths need no font to be there.
+    with rc_context({"svg.hashsalt": f"mnp_fast-{index}", "svg.fonttype": "path"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    # Only the element: the prolog and its DTD address are of no use inside a page.
+    return Markup(text[text.index("<svg") :].replace("<svg ", '<svg role="img" ', 1))

@@ -1,0 +1,111 @@
+"""What a defense returns: plain data, so that reports and other programs need nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from .config import DefenseConfig
+
+
+@dataclass(frozen=True)
+class PrunedNeuron:
+    """A neuron set to zero: the masked layer's name, its index there, its fitted mask in [0, 1]."""
+
+    layer: str
+    index: int
+    mask: float
+
+
+@dataclass(frozen=True)
+class CutPoint:
+    """The model's quality on the clean set once the `pruned` neurons of lowest mask are gone.
+
+    `accuracy` is in percent, `loss` is the mean cross-entropy in nats.
+    """
+
+    pruned: int
+    accuracy: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One epoch of a phase (`"suppress"` or `"fit"`).
+
+    `loss` is the phase's objective, `accuracy` the clean accuracy in percent after the epoch of the
+    model the phase works on, `seconds` the epoch's duration.
+    """
+
+    phase: str
+    epoch: int
+    loss: float
+    accuracy: float
+    seconds: float
+
+
+@dataclass
+class LayerNeurons:
+    """Per-neuron figures of one masked layer, float32 tensors (C,) on the CPU.
+
+    `mask` is the fitted mask in [0, 1], `magnitude` the l1 norm of the neuron's weights and
+    `saliency` the absolute first-order Taylor estimate of the clean loss's change at mask 0.
+    """
+
+    mask: Tensor
+    magnitude: Tensor
+    saliency: Tensor
+
+
+@dataclass
+class DefenseResult:
+    """The outcome of `mnp_fast.defend`.
+
+    Attributes
+    ----------
+    model
+        The purified network: a plain torch module of the given model's class; mnp_fast is not
+        needed to run it.
+    neurons
+        Figures of every neuron, by name of the masked layer.
+    pruned
+        The neurons that were cut, lowest mask first.
+    curve
+        Quality on the clean set against neurons cut, in increasing order of `pruned`.
+    cut
+        The point of `curve` that was chosen.
+    history
+        One record an epoch.
+    seconds
+        Duration of each phase, by name.
+    config
+        The configuration that was used.
+    """
+
+    model: nn.Module
+    neurons: dict[str, LayerNeurons]
+    pruned: list[PrunedNeuron]
+    curve: list[CutPoint]
+    cut: CutPoint
+    history: list[EpochRecord]
+    seconds: dict[str, float]
+    config: DefenseConfig
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """The fitted masks, by name of the masked layer, before the cut."""
+        return {name: layer.mask for name, layer in self.neurons.items()}
+
+    def summary(self) -> dict[str, Any]:
+        """All but the tensors and the model, ready for JSON."""
+        return {
+            "pruned": [asdict(neuron) for neuron in self.pruned],
+            "cut": asdict(self.cut),
+            "curve": [asdict(point) for point in self.curve],
+            "history": [asdict(record) for record in self.history],
+            "seconds": dict(self.seconds),
+            "config": asdict(self.config),
+        }

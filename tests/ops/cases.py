@@ -1,0 +1,108 @@
+"""Inputs that the operator tests share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+VECTORS = ("mask", "scale", "shift", "bias")
+
+
+@dataclass(frozen=True)
+class Conv:
+    """The geometry of a convolution."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+    k: int
+    kernel: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def geometry(self) -> dict[str, object]:
+        return {
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "groups": self.groups,
+        }
+
+
+CONVS = {
+    "3x3": Conv(2, 8, 8, 8, 16),
+    "odd": Conv(3, 3, 7, 9, 5),
+    "wide": Conv(1, 33, 5, 5, 70),
+    "stride2": Conv(2, 6, 9, 10, 7, stride=(2, 2)),
+    "uneven": Conv(2, 4, 11, 8, 6, kernel=(5, 2), stride=(3, 1), padding=(0, 2), dilation=(1, 2)),
+    "dilated": Conv(2, 4, 9, 9, 4, stride=(2, 3), padding=(4, 4), dilation=(2, 2)),
+    "1x1": Conv(2, 9, 6, 5, 11, kernel=(1, 1), padding=(0, 0)),
+    "1x1 stride2": Conv(2, 5, 6, 5, 4, kernel=(1, 1), stride=(2, 2), padding=(0, 0)),
+    "kernel below stride": Conv(2, 3, 8, 8, 4, kernel=(2, 2), stride=(3, 3), padding=(0, 0)),
+    "grouped": Conv(2, 12, 6, 6, 9, groups=3),
+    "depthwise": Conv(2, 6, 7, 7, 12, stride=(2, 1), groups=6),
+    "one pixel": Conv(4, 5, 1, 1, 3, kernel=(1, 1), padding=(0, 0)),
+    "no samples": Conv(0, 3, 5, 5, 4),
+}
+
+
+def random_mask(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Masks in [0, 1], about a third of them exactly 0."""
+    return torch.rand(*shape, dtype=dtype) * (torch.rand(*shape) > 0.35)
+
+
+def conv_inputs(
+    conv: Conv, dtype: torch.dtype = torch.float64, per_sample: bool = False
+) -> dict[str, Tensor]:
+    """Random tensors for every argument of masked_conv2d."""
+    x = torch.randn(conv.n, conv.c, conv.h, conv.w, dtype=dtype)
+    weight = torch.randn(conv.k, conv.c // conv.groups, *conv.kernel, dtype=dtype)
+    u = F.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+    mask_shape = (conv.n, conv.k) if per_sample else (conv.k,)
+    return {
+        "x": x,
+        "weight": weight,
+        "mask": random_mask(*mask_shape, dtype=dtype),
+        "scale": torch.randn(conv.k, dtype=dtype),
+        "shift": torch.randn(conv.k, dtype=dtype),
+        "bias": torch.randn(conv.k, dtype=dtype),
+        "residual": torch.randn_like(u),
+    }
+
+
+def require_grad(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """Leaf copies that ask for gradients, in the same memory layout."""
+    return {
+        name: None if t is None else t.detach().clone().requires_grad_()
+        for name, t in inputs.items()
+    }
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """||actual - expected|| / ||expected||, in float64."""
+    expected = expected.double()
+    norm = expected.norm().item()
+    return (actual.double() - expected).norm().item() / (norm if norm else 1.0)
+
+
+def assert_same_grads(
+    actual: dict[str, Tensor | None], expected: dict[str, Tensor | None], tolerance: float
+) -> None:
+    """Gradients of two sets of leaves agree."""
+    for name, leaf in expected.items():
+        if leaf is None:
+            continue
+        assert leaf.grad is not None, name
+        mine = actual[name]
+        assert mine is not None
+        assert mine.grad is not None, name
+        assert mine.grad.shape == leaf.grad.shape, name
+        assert mine.grad.dtype == mine.dtype, name
+        assert relative_error(mine.grad, leaf.grad) <= tolerance, name

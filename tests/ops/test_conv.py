@@ -1,0 +1,343 @@
+import itertools
+
+import pytest
+import torch
+
+from mnp_fast import reference
+from mnp_fast.ops import masked_conv2d, masked_linear
+
+from .cases import (
+    CONVS,
+    VECTORS,
+    Conv,
+    assert_same_grads,
+    conv_inputs,
+    random_mask,
+    relative_error,
+    require_grad,
+)
+
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def compare(inputs, conv, activation, tolerance):
+    """Output and every gradient against autograd through the reference in float64."""
+    mine = require_grad(inputs)
+    exact = require_grad({k: None if v is None else v.double() for k, v in inputs.items()})
+    y = masked_conv2d(**mine, **conv.geometry, activation=activation)
+    expected = reference.masked_conv2d(**exact, **conv.geometry, activation=activation)
+    assert y.shape == expected.shape
+    assert relative_error(y, expected) <= tolerance
+    grad = torch.randn_like(expected).to(y.dtype)
+    # Rounding may flip the sign of a z near 0; its gradient is then not comparable.
+    if activation == "relu":
+        grad = grad * ((y > 0) == (expected > 0))
+    y.backward(grad)
+    expected.backward(grad.double())
+    assert_same_grads(mine, exact, tolerance)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("name", CONVS)
+def test_matches_reference_in_float64(name, activation, per_sample):
+    compare(conv_inputs(CONVS[name], per_sample=per_sample), CONVS[name], activation, 1e-13)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", CONVS)
+def test_every_dtype(name, dtype):
+    compare(conv_inputs(CONVS[name], dtype), CONVS[name], "relu", TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("given", list(itertools.product([False, True], repeat=5)))
+def test_any_subset_of_vectors(given):
+    conv = CONVS["odd"]
+    inputs = conv_inputs(conv)
+    for name, present in zip((*VECTORS, "residual"), given, strict=True):
+        if not present:
+            inputs[name] = None
+    compare(inputs, conv, "relu", 1e-13)
+
+
+def test_random_shapes():
+    draw = lambda low, high: int(torch.randint(low, high + 1, ()))  # noqa: E731
+    for _ in range(60):
+        groups = draw(1, 3)
+        kernel = (draw(1, 4), draw(1, 4))
+        dilation = (draw(1, 2), draw(1, 2))
+        conv = Conv(
+            n=draw(1, 3),
+            c=groups * draw(1, 6),
+            h=draw(7, 12),
+            w=draw(7, 12),
+            k=groups * draw(1, 40),
+            kernel=kernel,
+            stride=(draw(1, 3), draw(1, 3)),
+            padding=(draw(0, 3), draw(0, 3)),
+            dilation=dilation,
+            groups=groups,
+        )
+        compare(conv_inputs(conv, per_sample=bool(draw(0, 1))), conv, "relu", 1e-13)
+
+
+def test_channels_last_in_and_out():
+    conv = CONVS["stride2"]
+    inputs = conv_inputs(conv)
+    for name in ("x", "weight", "residual"):
+        inputs[name] = inputs[name].to(memory_format=torch.channels_last)
+    compare(inputs, conv, "relu", 1e-13)
+    y = masked_conv2d(**inputs, **conv.geometry)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    plain = {k: v.contiguous() for k, v in inputs.items()}
+    assert masked_conv2d(**plain, **conv.geometry).is_contiguous()
+
+
+def test_inputs_of_any_stride():
+    conv = CONVS["3x3"]
+    inputs = conv_inputs(conv)
+    expected = reference.masked_conv2d(**inputs, **conv.geometry)
+    strided = {
+        "x": inputs["x"].transpose(2, 3).contiguous().transpose(2, 3),
+        "weight": inputs["weight"].permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+        "residual": inputs["residual"].repeat_interleave(2, dim=3)[..., ::2],
+        **{name: inputs[name].repeat_interleave(3)[::3] for name in VECTORS},
+    }
+    assert not any(t.is_contiguous() for t in strided.values())
+    assert relative_error(masked_conv2d(**strided, **conv.geometry), expected) <= 1e-13
+    x, weight, *_ = (t.detach().requires_grad_() for t in strided.values())
+    y = masked_conv2d(x, weight, **conv.geometry)
+    y.backward(torch.ones(()).double().expand_as(y))
+    exact = require_grad({"x": inputs["x"], "weight": inputs["weight"]})
+    reference.masked_conv2d(**exact, **conv.geometry).sum().backward()
+    assert relative_error(x.grad, exact["x"].grad) <= 1e-13
+    assert relative_error(weight.grad, exact["weight"].grad) <= 1e-13
+
+
+@pytest.mark.parametrize("name", ["odd", "uneven", "grouped"])
+def test_gradcheck(name):
+    conv = CONVS[name]
+    inputs = require_grad(conv_inputs(conv))
+    torch.autograd.gradcheck(
+        lambda *args: masked_conv2d(*args, **conv.geometry, activation="relu"),
+        tuple(inputs.values()),
+    )
+
+
+@pytest.mark.parametrize("keep_u", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", ["odd", "stride2", "depthwise", "one pixel"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck(name, channels_last, keep_u, dtype):
+    conv = CONVS[name]
+    inputs = conv_inputs(conv, dtype)
+    if channels_last:
+        inputs["x"] = inputs["x"].to(memory_format=torch.channels_last)
+    inputs = {
+        k: v.requires_grad_(keep_u or k not in ("mask", "scale")) for k, v in inputs.items()
+    }
+    geometry = [list(v) if isinstance(v, tuple) else v for v in conv.geometry.values()]
+    args = (*inputs.values(), *geometry, "relu", keep_u)
+    torch.library.opcheck(torch.ops.mnp_fast.masked_conv2d.default, args)
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4)))
+def test_opcheck_backward(needs):
+    conv = CONVS["stride2"]
+    inputs = conv_inputs(conv, torch.float32)
+    geometry = [list(v) if isinstance(v, tuple) else v for v in conv.geometry.values()]
+    y, u = torch.ops.mnp_fast.masked_conv2d(*inputs.values(), *geometry, "relu", True)
+    vectors = [inputs[name] for name in ("mask", "scale", "shift")]
+    args = (torch.randn_like(y), inputs["x"], inputs["weight"], y, u, *vectors, *geometry, *needs)
+    torch.library.opcheck(
+        torch.ops.mnp_fast.masked_conv2d_backward.default,
+        args,
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
+
+
+def test_unwanted_gradients_are_not_computed(monkeypatch):
+    conv = CONVS["3x3"]
+    inputs = conv_inputs(conv)
+    inputs["mask"].requires_grad_()
+    saw = []
+    original = torch.ops.mnp_fast.masked_conv2d_backward
+
+    def spy(*args):
+        saw.append(args[-4:])
+        return original(*args)
+
+    monkeypatch.setattr(torch.ops.mnp_fast, "masked_conv2d_backward", spy)
+    masked_conv2d(**inputs, **conv.geometry, activation="relu").sum().backward()
+    assert saw == [(False, False, False, True)]
+    assert inputs["weight"].grad is None
+
+
+def test_mask_gradient_needs_what_the_forward_kept():
+    inputs = conv_inputs(CONVS["3x3"])
+    inputs["mask"].requires_grad_()
+    y, _ = torch.ops.mnp_fast.masked_conv2d(
+        *inputs.values(), [1, 1], [1, 1], [1, 1], 1, "none", False
+    )
+    with pytest.raises(RuntimeError, match="keep_u"):
+        y.sum().backward()
+
+
+def test_double_backward_is_refused():
+    x = torch.randn(1, 2, 4, 4, requires_grad=True)
+    weight = torch.randn(3, 2, 3, 3, requires_grad=True)
+    (dx,) = torch.autograd.grad(masked_conv2d(x, weight).square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second time"):
+        dx.sum().backward()
+
+
+def test_nan_and_infinity_go_through():
+    x = torch.zeros(1, 1, 1, 2)
+    x[..., 0], x[..., 1] = float("nan"), float("inf")
+    y = masked_conv2d(x, torch.ones(1, 1, 1, 1), activation="relu")
+    assert y[..., 0].isnan()
+    assert y[..., 1].isinf()
+
+
+def test_same_bits_whatever_the_number_of_threads():
+    conv = Conv(4, 24, 13, 13, 40)
+    inputs = require_grad(conv_inputs(conv, torch.float32))
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            y = masked_conv2d(**inputs, **conv.geometry, activation="relu")
+            results.append((y, *torch.autograd.grad(y.square().sum(), list(inputs.values()))))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_compiles_without_graph_breaks():
+    conv = CONVS["odd"]
+    inputs = require_grad(conv_inputs(conv, torch.float32))
+
+    def loss(**tensors):
+        return masked_conv2d(**tensors, **conv.geometry, activation="relu").square().sum()
+
+    expected = torch.autograd.grad(loss(**inputs), list(inputs.values()))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    actual = torch.autograd.grad(compiled(**inputs), list(inputs.values()))
+    for a, b in zip(actual, expected, strict=True):
+        assert relative_error(a, b) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["odd", "depthwise"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_default_kernel_matches_the_compiled_one(name, dtype):
+    """What devices without compiled kernels run, here on CPU tensors."""
+    from mnp_fast.ops import conv as module
+
+    conv = CONVS[name]
+    inputs = conv_inputs(conv, dtype)
+    geometry = [list(v) if isinstance(v, tuple) else v for v in conv.geometry.values()]
+    args = (*inputs.values(), *geometry, "relu", True)
+    y, u = torch.ops.mnp_fast.masked_conv2d(*args)
+    for actual, expected in zip(module._default(*args), (y, u), strict=True):
+        assert actual.dtype == expected.dtype
+        assert relative_error(actual, expected) <= max(TOLERANCE[dtype], 1e-12)
+    vectors = [inputs[v] for v in ("mask", "scale", "shift")]
+    args = (torch.randn_like(y), inputs["x"], inputs["weight"], y, u, *vectors, *geometry)
+    needs = (True, True, True, True)
+    expected = torch.ops.mnp_fast.masked_conv2d_backward(*args, *needs)
+    for actual, wanted in zip(module._backward_default(*args, *needs), expected, strict=True):
+        assert actual.shape == wanted.shape
+        assert actual.dtype == wanted.dtype
+        assert relative_error(actual, wanted) <= max(2 * TOLERANCE[dtype], 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.randn(2, 3, 7)}, r"x must have shape \(N, C, H, W\), not \(2, 3, 7\)"),
+        ({"weight": torch.randn(5, 4, 3, 3)}, "do not fit groups = 1"),
+        ({"weight": torch.randn(5, 3, 3, 3).double()}, "share a dtype"),
+        ({"weight": torch.randn(0, 3, 3, 3)}, "weight must have shape"),
+        ({"weight": torch.randn(5, 3, 30, 3)}, "does not fit a padded input"),
+        ({"mask": torch.ones(4)}, r"mask must have shape \(5,\)"),
+        ({"mask": torch.ones(3, 5)}, r"per sample, \(2, 5\)"),
+        ({"mask": torch.ones(5).double()}, "mask must have the input's dtype"),
+        ({"scale": torch.ones(1)}, r"scale must have shape \(5,\)"),
+        ({"shift": torch.ones(5, 1)}, "shift must have shape"),
+        ({"bias": torch.ones(6)}, "bias must have shape"),
+        ({"residual": torch.ones(2, 5, 7, 8)}, "residual must have the output's shape"),
+        ({"residual": torch.ones(2, 5, 7, 9).double()}, "residual must have the input's dtype"),
+        ({"activation": "tanh"}, "activation must be 'none' or 'relu', not 'tanh'"),
+        ({"stride": 0}, "stride must be two positive integers"),
+        ({"padding": -1}, "padding must be two non-negative integers"),
+        ({"dilation": (1, 0)}, "dilation must be two positive integers"),
+        ({"groups": 2}, "do not fit groups = 2"),
+        ({"groups": 0}, "do not fit groups = 0"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    good = {"x": torch.randn(2, 3, 7, 9), "weight": torch.randn(5, 3, 3, 3), "padding": 1}
+    masked_conv2d(**good)
+    with pytest.raises(RuntimeError, match=message):
+        masked_conv2d(**{**good, **change})
+
+
+def test_integers_are_refused():
+    with pytest.raises(RuntimeError, match="dtype must be float32"):
+        masked_conv2d(torch.ones(1, 1, 3, 3, dtype=torch.int64), torch.ones(1, 1, 1, 1).long())
+
+
+LINEAR_SHAPES = [(5, 7), (7,), (2, 3, 7), (2, 3, 4, 7), (0, 7), (2, 0, 7)]
+
+
+@pytest.mark.parametrize("shape", LINEAR_SHAPES)
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_linear_matches_reference(shape, activation):
+    mine = require_grad(
+        {
+            "x": torch.randn(*shape, dtype=torch.float64),
+            "weight": torch.randn(20, 7, dtype=torch.float64),
+            "mask": random_mask(20),
+            **{name: torch.randn(20, dtype=torch.float64) for name in VECTORS[1:]},
+            "residual": torch.randn(*shape[:-1], 20, dtype=torch.float64),
+        }
+    )
+    exact = require_grad(mine)
+    y = masked_linear(**mine, activation=activation)
+    expected_in = {k: v[None] if k in ("x", "residual") and len(shape) == 1 else v
+                   for k, v in exact.items()}
+    expected = reference.masked_linear(**expected_in, activation=activation).reshape(y.shape)
+    assert relative_error(y, expected) <= 1e-13
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    expected.backward(grad)
+    assert_same_grads(mine, exact, 1e-13)
+
+
+def test_linear_per_sample_masks():
+    x, weight = torch.randn(4, 3, 6).double(), torch.randn(5, 6).double()
+    mask = random_mask(4, 5).requires_grad_()
+    y = masked_linear(x, weight, mask)
+    expected = (x @ weight.T) * mask[:, None]
+    assert relative_error(y, expected) <= 1e-13
+    (mine,) = torch.autograd.grad(y.square().sum(), mask)
+    (exact,) = torch.autograd.grad(expected.square().sum(), mask)
+    assert relative_error(mine, exact) <= 1e-13
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.randn(2, 6)}, "x must have shape"),
+        ({"weight": torch.randn(5, 7, 1)}, r"weight \(K, C\)"),
+        ({"mask": torch.ones(4)}, "mask must have shape"),
+        ({"residual": torch.ones(2, 4)}, "residual must have the output's shape"),
+    ],
+)
+def test_linear_bad_input_is_named(change, message):
+    good = {"x": torch.randn(2, 7), "weight": torch.randn(5, 7)}
+    masked_linear(**good)
+    with pytest.raises(RuntimeError, match=message):
+        masked_linear(**{**good, **change})
