@@ -50,7 +50,7 @@ def mask_histogram(result: DefenseResult) -> Figure:
     ]
     axes.hist(
         [group[0] for group in groups],
-        bins=np.linspace(0, 1, BINS + 1),
+        bins=np.linspace(0, 1, BINS + 1).tolist(),
         stacked=True,
         color=[group[1] for group in groups],
         label=[group[2] for group in groups],

@@ -68,7 +68,8 @@ def decode(argument: dict[str, Any], values: Mapping[str, Any]) -> Any:
 
 
 def _scalar(kind: str, value: Any) -> Any:
-    if not isinstance(value, SCALARS[kind]) or (kind != "as_bool" and isinstance(value, bool)):
+    fits = isinstance(value, SCALARS[kind]) and isinstance(value, bool) == (kind == "as_bool")
+    if not fits:
         raise ValueError(f"{value!r} is no value {kind}")
     # JSON has no infinity; the schema spells it out.
     return float(value) if kind == "as_float" else value

@@ -21,7 +21,7 @@ SUMS: dict[str, Callable[..., Any]] = {
     "torch.ops.aten.add.Tensor": operator.add,
     "torch.ops.aten.add_.Tensor": operator.iadd,
 }
-_ATOM = re.compile(r"[A-Za-z0-9_]+")
+_ATOM = re.compile(r"[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ ATEN = frozenset(
     scaled_dot_product_attention select selu sigmoid sign silu sin sinh slice softmax softplus
     softshrink split split_with_sizes sqrt square squeeze stack std sub sum sym_numel sym_size t tan
     tanh threshold tile to transpose tril triu true_divide type_as unbind unflatten unsqueeze
-    upsample_bicubic2d upsample_bilinear2d upsample_nearest2d var var_mean view view_as where zero zeros
-    zeros_like _adaptive_avg_pool2d _log_softmax _softmax
+    upsample_bicubic2d upsample_bilinear2d upsample_nearest2d var var_mean view view_as where zero
+    zeros zeros_like swapaxes swapdims _adaptive_avg_pool2d _log_softmax _softmax
     _to_copy _unsafe_view
     """.split()  # noqa: SIM905
 )

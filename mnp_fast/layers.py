@@ -1,0 +1,239 @@
+"""Drop-in masked layers: torch's own, with a mask in [0, 1] for every neuron.
+
+A mask's *site* says what it multiplies (u is what the layer computes from its weights):
+
+========== ==================================== ==================== ===========================
+site       with batch norm                      without              what mask 0 leaves
+========== ==================================== ==================== ===========================
+`neuron`   ``m * (gamma * xhat + beta)``        ``m * (u + bias)``   nothing
+`norm`     ``m * gamma * xhat + beta``                               the constant beta
+`filter`   ``gamma * norm(m * u) + beta``       ``m * u + bias``     a constant
+========== ==================================== ==================== ===========================
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .ops import masked_affine, masked_conv2d, masked_linear
+
+M = TypeVar("M", bound="MaskedLayer")
+
+
+class MaskedLayer(nn.Module):
+    """What all masked layers share.
+
+    Attributes
+    ----------
+    mask
+        Parameter (neurons,) in [0, 1], in the dtype of the layer's weights; 1 at first.
+    site
+        What the mask multiplies; one of the class's `sites`.
+    weight_owner
+        Name, in the wrapped model, of the layer whose weight rows are this layer's neurons:
+        the convolution in front of a batch norm. Empty where that is the layer itself.
+    """
+
+    plain: ClassVar[type[nn.Module]]
+    sites: ClassVar[tuple[str, ...]]
+    mask: nn.Parameter
+    site: str
+    weight_owner: str
+
+    @classmethod
+    def adopt(cls: type[M], module: nn.Module, site: str) -> M:
+        """Turn `module`, an instance of the plain class, into a masked layer in place.
+
+        Parameters, buffers, hooks, names and references to it stay as they are.
+
+        Raises
+        ------
+        TypeError
+            The module is not exactly of the plain class.
+        ValueError
+            Unknown site.
+        """
+        if type(module) is not cls.plain:
+            raise TypeError(
+                f"{cls.__name__} masks {cls.plain.__name__}, not {type(module).__name__}"
+            )
+        module.__class__ = cls
+        module._add_mask(site)  # type: ignore[operator]
+        return module  # type: ignore[return-value]
+
+    def _add_mask(self, site: str) -> None:
+        if site not in self.sites:
+            raise ValueError(
+                f"site of {type(self).__name__} must be one of {self.sites}, not {site!r}"
+            )
+        like = next(
+            (t for t in (*self.parameters(recurse=False), *self.buffers(recurse=False))
+             if t.is_floating_point()),
+            torch.empty(0),
+        )
+        self.site, self.weight_owner = site, ""
+        self.mask = nn.Parameter(torch.ones(self.neurons, dtype=like.dtype, device=like.device))
+
+    @property
+    def neurons(self) -> int:
+        """Number of neurons."""
+        raise NotImplementedError
+
+    def release(self) -> nn.Module:
+        """Fold the mask into the weights and become the plain class again, in place."""
+        with torch.no_grad():
+            self._fold(self.mask.detach())
+        del self.mask, self.site, self.weight_owner
+        self.__class__ = self.plain  # type: ignore[assignment]
+        return self
+
+    def _fold(self, mask: Tensor) -> None:
+        raise NotImplementedError
+
+    def _multiply(self, name: str, factor: Tensor) -> None:
+        """Multiply a parameter's rows, as a new parameter: the old one may be shared."""
+        old = getattr(self, name)
+        if old is None:
+            return
+        rows = factor.to(old.dtype).reshape(-1, *(1,) * (old.dim() - 1))
+        setattr(self, name, nn.Parameter(old * rows, requires_grad=old.requires_grad))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # The plain model's state_dict has no masks: they stay as they are.
+        state_dict.setdefault(prefix + "mask", self.mask.detach())
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, site={self.site!r}"
+
+
+class _MaskedWeights(MaskedLayer):
+    """Layers whose neurons are rows of a weight."""
+
+    sites: ClassVar[tuple[str, ...]] = ("neuron", "filter")
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def neurons(self) -> int:
+        """Number of neurons."""
+        return self.weight.shape[0]
+
+    def _bias_by_site(self) -> dict[str, Tensor | None]:
+        return {"shift" if self.site == "neuron" else "bias": self.bias}
+
+    def _fold(self, mask: Tensor) -> None:
+        self._multiply("weight", mask)
+        if self.site == "neuron":
+            self._multiply("bias", mask)
+
+
+class MaskedConv2d(_MaskedWeights, nn.Conv2d):
+    """`torch.nn.Conv2d` with a mask for every output channel.
+
+    Parameters
+    ----------
+    *args, **kwargs
+        As `torch.nn.Conv2d`.
+    site
+        `"neuron"` or `"filter"`.
+    """
+
+    plain = nn.Conv2d
+
+    def __init__(self, *args: Any, site: str = "neuron", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._add_mask(site)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() == 3:
+            return self.forward(input[None])[0]
+        padding = self.padding
+        if isinstance(padding, str) or self.padding_mode != "zeros":
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=mode)
+            padding = (0, 0)
+        return masked_conv2d(
+            input,
+            self.weight,
+            self.mask,
+            **self._bias_by_site(),
+            stride=self.stride,
+            padding=padding,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
+
+
+class MaskedLinear(_MaskedWeights, nn.Linear):
+    """`torch.nn.Linear` with a mask for every output feature.
+
+    Parameters
+    ----------
+    *args, **kwargs
+        As `torch.nn.Linear`.
+    site
+        `"neuron"` or `"filter"`.
+    """
+
+    plain = nn.Linear
+
+    def __init__(self, *args: Any, site: str = "neuron", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._add_mask(site)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return masked_linear(input, self.weight, self.mask, **self._bias_by_site())
+
+
+class MaskedBatchNorm2d(MaskedLayer, nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d` with a mask for every channel.
+
+    Parameters
+    ----------
+    *args, **kwargs
+        As `torch.nn.BatchNorm2d`.
+    site
+        `"norm"` or `"neuron"`.
+    """
+
+    plain = nn.BatchNorm2d
+    sites = ("norm", "neuron")
+
+    def __init__(self, *args: Any, site: str = "norm", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._add_mask(site)
+
+    @property
+    def neurons(self) -> int:
+        """Number of neurons."""
+        return self.num_features
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        beta = self.bias
+        if self.training or self.running_mean is None or self.running_var is None:
+            y = super().forward(input)
+            if self.site == "neuron" or beta is None:
+                return masked_affine(y, self.mask)
+            return masked_affine(y, self.mask, shift=-beta, bias=beta)
+        scale = torch.rsqrt(self.running_var + self.eps)
+        if self.weight is not None:
+            scale = self.weight * scale
+        shift = -self.running_mean * scale
+        if self.site == "norm" or beta is None:
+            return masked_affine(input, self.mask, scale, shift, beta)
+        return masked_affine(input, self.mask, scale, shift + beta)
+
+    def _fold(self, mask: Tensor) -> None:
+        if not self.affine:
+            self.affine = True
+            self.weight = nn.Parameter(torch.ones_like(mask))
+            self.bias = nn.Parameter(torch.zeros_like(mask))
+        self._multiply("weight", mask)
+        if self.site == "neuron":
+            self._multiply("bias", mask)
