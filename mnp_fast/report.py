@@ -6,13 +6,15 @@ import io
 import json
 import math
 import os
+import re
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from matplotlib import rc_context
 
 from . import plots
 from .io.files import atomic_path, ensure_writable
@@ -50,6 +52,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[DefenseResult], Figure]], ...] = (
     ),
 )
 PHASE_NAMES = {"suppress": "Suppression", "fit": "Mask fitting", "select": "Choice of the cut"}
+_ID = re.compile(r'(\bid="|href="#|url\(#)')
 
 
 def write_report(
@@ -127,7 +130,7 @@ def report_content(
 def render_page(result: DefenseResult, content: dict[str, Any]) -> str:
     """The HTML page for a result and its `report_content`."""
     environment = Environment(
-        loader=PackageLoader("mnp_fast"),
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
         # Layer names come from an untrusted model.
         autoescape=True,
         undefined=StrictUndefined,
@@ -215,12 +218,12 @@ def _number(value: float | None) -> str:
 
 
 def _svg(figure: Figure, index: int) -> Markup:
-    from matplotlib import rc_context
-
     buffer = io.StringIO()
-    # A salt of its own keeps the ids of one page's figures apart; paths need no font to be there.
-    with rc_context({"svg.hashsalt": f"mnp_fast-{index}", "svg.fonttype": "path"}):
+    # Glyphs as paths need no font to be there; the salt makes equal results give equal pages.
+    with rc_context({"svg.hashsalt": "mnp_fast", "svg.fonttype": "path"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     # Only the element: the prolog and its DTD address are of no use inside a page.
-    return Markup(text[text.index("<svg") :].replace("<svg ", '<svg role="img" ', 1))
+    element = text[text.index("<svg") :].replace("<svg ", '<svg role="img" ', 1)
+    # The figures share a page, and ids are the page's.
+    return Markup(_ID.sub(rf"\1figure{index}-", element))

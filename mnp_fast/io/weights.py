@@ -126,6 +126,11 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refusal(path, str(error))) from error
     except Exception as error:
+        if "TorchScript" in str(error):
+            raise CheckpointError(
+                f"'{path}' was refused and nothing in it was run: it is a TorchScript archive, "
+                "which holds code; save model.state_dict() instead"
+            ) from error
         raise CheckpointError(
             f"'{path}' is not a readable torch checkpoint; it is truncated, damaged or of another "
             f"format ({type(error).__name__})"

@@ -167,11 +167,11 @@ def test_npz_with_pickled_content_is_not_run(tmp_path: Path) -> None:
 
 def test_files_that_are_no_npz(tmp_path: Path) -> None:
     np.save(tmp_path / "data.npy", IMAGES)
-    with pytest.raises(DataError, match="is not an .npz archive"):
+    with pytest.raises(DataError, match=r"is not an .npz archive"):
         load_clean_data(tmp_path / "data.npy")
     path = npz(tmp_path, images=IMAGES, labels=LABELS)
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(DataError, match="cannot be read as an .npz archive"):
+    with pytest.raises(DataError, match=r"cannot be read as an .npz archive"):
         load_clean_data(path)
 
 
@@ -237,7 +237,7 @@ def test_malicious_cifar_is_refused_and_not_run(cifar: Path, name: str) -> None:
     (cifar / name).write_bytes(pickle.dumps({b"data": Payload(marker)}, protocol=2))
     read: Callable[[Path], Any] = class_names if name == "batches.meta" else load_clean_data
     with pytest.raises(
-        DataError, match=rf"{name}' was refused and nothing in it was run.*touch|getattr"
+        DataError, match=rf"{name}' was refused and nothing in it was run.*asks for"
     ):
         read(cifar)
     assert not marker.exists()
@@ -256,7 +256,6 @@ def test_malicious_cifar_is_refused_and_not_run(cifar: Path, name: str) -> None:
         ({b"data": np.zeros((1, 3072), np.uint8), b"labels": [0.5]}, "not a list of integers"),
         ({b"data": np.zeros((1, 3072), np.uint8), b"labels": [1, 2]}, "1 images but 2 labels"),
         ({b"data": np.zeros((1, 3072), np.uint8), b"labels": [-2]}, "label -2"),
-        ({b"data": np.zeros((0, 3072), np.uint8), b"labels": []}, "holds no images"),
     ],
 )
 def test_malformed_cifar(cifar: Path, content: Any, message: str) -> None:
@@ -265,6 +264,12 @@ def test_malformed_cifar(cifar: Path, content: Any, message: str) -> None:
     (cifar / "data_batch_1").write_bytes(pickle.dumps(content, protocol=2))
     with pytest.raises(DataError, match=message):
         load_clean_data(cifar)
+
+
+def test_empty_cifar(cifar: Path) -> None:
+    (cifar / "test_batch").write_bytes(python2_batch(np.zeros((0, 3072), np.uint8), []))
+    with pytest.raises(DataError, match="holds no images"):
+        load_clean_data(cifar, split="test")
 
 
 def test_incomplete_cifar(cifar: Path) -> None:
@@ -279,7 +284,7 @@ def test_incomplete_cifar(cifar: Path) -> None:
     with pytest.raises(DataError, match="not a list of names"):
         class_names(cifar)
     (cifar / "batches.meta").unlink()
-    with pytest.raises(DataError, match="no file batches.meta"):
+    with pytest.raises(DataError, match=r"no file batches.meta"):
         class_names(cifar)
 
 

@@ -70,7 +70,7 @@ def test_ensure_writable_names_a_folder_below_a_file(tmp_path: Path) -> None:
 
 def test_ensure_writable_refuses_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="output folder '.*file' cannot be written"):
+    with pytest.raises(OSError, match=r"output folder '.*file' cannot be written"):
         ensure_writable(tmp_path / "file")
 
 

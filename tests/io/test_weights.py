@@ -219,9 +219,10 @@ def test_an_interrupted_save_keeps_the_old_checkpoint(
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_torchscript_is_refused(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), buffer)
     (tmp_path / "model.pt").write_bytes(buffer.getvalue())
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=r"refused.*TorchScript"):
         load_weights(tmp_path / "model.pt")

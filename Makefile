@@ -1,0 +1,51 @@
+# `make help` lists what one can do. Every target works from a bare clone.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+OUT ?= out/demo
+
+RUN = $(VENV)/bin
+BUILT = $(VENV)/.built
+SOURCES = $(shell find csrc -type f) CMakeLists.txt pyproject.toml
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format wheel results clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/.tools:
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/pip install --quiet --upgrade "pip>=23"
+	$(RUN)/pip install --quiet "$(TORCH)" "scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.21" ninja
+	@touch $@
+
+# Editable, so that Python changes need no rebuild; C++ changes are rebuilt incrementally.
+$(BUILT): $(VENV)/.tools $(SOURCES)
+	$(RUN)/pip install --quiet --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+demo: $(BUILT) ## train a backdoored network on real images, defend it, show before and after
+	$(RUN)/mnp-fast demo --out $(OUT)
+
+test: $(BUILT) ## run the tests
+	$(RUN)/python -m pytest
+
+lint: $(BUILT) ## check style and types
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+format: $(BUILT) ## format Python and C++
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+	$(RUN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+
+wheel: $(BUILT) ## build a wheel into wheels/
+	$(RUN)/pip wheel --no-build-isolation --no-deps --wheel-dir wheels .
+
+results: $(BUILT) ## measure the table in docs/results.md again (half an hour)
+	$(RUN)/python -m benchmarks.demo_results --write docs/results.md
+
+clean: ## remove what was built
+	rm -rf $(VENV) build wheels out

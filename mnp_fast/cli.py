@@ -1,0 +1,198 @@
+"""The command line: `mnp-fast demo`, `defend`, `info`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .config import DefenseConfig
+
+app = typer.Typer(
+    help="Find and remove the neurons that carry a backdoor, from a small clean set.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+INTERRUPTED = 130
+
+
+@contextmanager
+def _reported(checkpoint: Path | None = None) -> Iterator[None]:
+    """Turn expected errors into one line, and Ctrl-C into how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        hint = ""
+        if checkpoint is not None and checkpoint.exists():
+            hint = f": run the same command again to go on from {checkpoint}"
+        errors.print(f"Interrupted{hint}.", markup=False)
+        raise typer.Exit(INTERRUPTED) from None
+    except (ValueError, TypeError, OSError) as error:
+        errors.print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show what was built, what is used, and why something is not."""
+    from .info import build_info
+
+    facts = build_info()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    table = Table("", "", show_header=False, box=None)
+    for key, value in facts.items():
+        parts = value.items() if isinstance(value, dict) else [("", value)]
+        for name, item in parts:
+            text = ", ".join(item) if isinstance(item, list) else str(item)
+            table.add_row(f"{key} {name}".strip().replace("_", " "), text)
+    console.print(table)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for report and figure.")] = Path("out/demo"),
+    attack: Annotated[
+        str, typer.Option(help="badnets, blend or sig; none trains a clean model.")
+    ] = "badnets",
+    seed: Annotated[int, typer.Option(help="Seed of data split, training and defense.")] = 0,
+    width: Annotated[int, typer.Option(min=1, help="Channels of the network's stem.")] = 16,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of training.")] = 20,
+) -> None:
+    """Train a backdoored network on real handwritten digits, defend it, show before and after."""
+    from .demo.run import run_demo
+
+    with _reported(out / "checkpoint.pt"):
+        run_demo(out, attack=attack, seed=seed, width=width, epochs=epochs, console=console)
+
+
+def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{option} must be numbers with commas between, not {text!r}") from None
+
+
+@app.command()
+def defend(
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="Clean images: a folder with one subfolder a class, an .npz with images "
+            "(N, C, H, W) and labels, or a folder with CIFAR-10's python batches."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the purified weights and the report.")],
+    model: Annotated[
+        Optional[str],  # noqa: UP045 (Typer evaluates it on Python 3.10)
+        typer.Option(help="module:factory or file.py:factory, called without arguments."),
+    ] = None,
+    checkpoint: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="The factory's weights: safetensors, or torch's format."),
+    ] = None,
+    exported: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="A torch.export archive, instead of --model and --checkpoint."),
+    ] = None,
+    mean: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Mean of each channel that the model expects removed, as 0.5,0.5,0.5."),
+    ] = None,
+    std: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Standard deviation of each channel to divide by."),
+    ] = None,
+    image_size: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Resize the images of a folder to this many pixels."),
+    ] = None,
+    samples: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=2, help="Use this many images, drawn by the seed; all by default."),
+    ] = None,
+    settings: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--set", help="A setting of DefenseConfig, as name=value; repeatable."),
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option(help="Ignore the checkpoint of an interrupted run.")
+    ] = False,
+) -> None:
+    """Purify a model of your own with a small set of clean images."""
+    resume_file = out / "checkpoint.pt"
+    with _reported(resume_file):
+        from . import io
+        from .data import CleanSet
+        from .defend import defend as run_defense
+        from .report import write_report
+
+        if (exported is None) == (model is None) or (model is None) != (checkpoint is None):
+            raise ValueError("give either --model with --checkpoint, or --exported")
+        config = DefenseConfig(**_settings(settings or []))
+        io.ensure_writable(out)
+        images, labels = io.load_clean_data(
+            data,
+            image_size=image_size,
+            mean=_numbers(mean, "--mean"),
+            std=_numbers(std, "--std"),
+        )
+        if samples is not None and samples < len(labels):
+            images, labels = CleanSet(images, labels).batches(samples, config.seed)[0]
+        if exported is not None:
+            network = io.load_exported(exported)
+        else:
+            assert model is not None
+            assert checkpoint is not None
+            network = io.build_model(model, checkpoint)
+        if restart:
+            resume_file.unlink(missing_ok=True)
+        result = run_defense(
+            network, (images, labels), config, checkpoint=resume_file, console=console
+        )
+        io.save_weights(result.model.state_dict(), out / "purified.safetensors")
+        io.save_weights(result.masks, out / "masks.safetensors")
+        report = write_report(result, out, title=f"Defense of {model or exported}")
+        resume_file.unlink(missing_ok=True)
+        total = sum(len(mask) for mask in result.masks.values())
+        console.print(
+            f"Pruned {len(result.pruned)} of {total} neurons; accuracy on the clean set is "
+            f"{result.cut.accuracy:.1f} % (before: {result.curve[0].accuracy:.1f} %)."
+        )
+        console.print(f"Weights, masks and report: {report.parent}", soft_wrap=True)
+
+
+def _settings(assignments: list[str]) -> dict[str, Any]:
+    known = {field.name: type(field.default) for field in fields(DefenseConfig)}
+    values = {}
+    for assignment in assignments:
+        name, found, text = assignment.partition("=")
+        if not found or name not in known:
+            raise ValueError(
+                f"--set takes name=value with a name of {', '.join(known)}; got {assignment!r}"
+            )
+        try:
+            values[name] = known[name](text)
+        except ValueError:
+            raise ValueError(
+                f"--set {name} needs a value of type {known[name].__name__}, not {text!r}"
+            ) from None
+    return values
+
+
+if __name__ == "__main__":
+    app()
