@@ -80,18 +80,8 @@ def accuracy_curve(result: DefenseResult) -> Figure:
     axes.axvline(cut.pruned, color=PRUNED, linewidth=1, linestyle=(0, (4, 3)))
     axes.plot(cut.pruned, cut.accuracy, "o", color=PRUNED, markersize=7, markeredgecolor="white")
     axes.set_ylim(-3, 103)
-    left, right = axes.get_xlim()
-    on_left = cut.pruned > (left + right) / 2
-    axes.annotate(
-        f"Cut: {cut.pruned:,} pruned, {cut.accuracy:.1f} %",
-        (cut.pruned, 4),
-        xytext=(-7 if on_left else 7, 0),
-        textcoords="offset points",
-        ha="right" if on_left else "left",
-        va="bottom",
-        color=PRUNED,
-        fontsize=9,
-    )
+    label = f"Cut: {cut.pruned:,} pruned, {cut.accuracy:.1f} %"
+    axes.set_title(label, loc="left", color=PRUNED, fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     axes.set(xlabel="Neurons pruned, lowest mask first", ylabel="Clean accuracy (%)")
     return figure

@@ -52,13 +52,15 @@ def load_exported(path: str | os.PathLike[str]) -> nn.Module:
     builder = GraphBuilder(archive)
     try:
         model = builder.build()
+        _check_batches(model, builder.input_meta, path)
+    except CheckpointError:
+        raise
     except RefusedError as error:
         raise CheckpointError(f"'{path}' was not loaded: {error}") from error
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         raise CheckpointError(
             f"'{path}' is a damaged torch.export archive ({type(e).__name__}: {e})"
         ) from e
-    _check_batches(model, builder.input_meta, path)
     return model
 
 

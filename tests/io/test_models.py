@@ -457,6 +457,11 @@ def mistyped_argument(program: Any) -> None:
     program["graph_module"]["graph"]["nodes"][0]["inputs"][1]["arg"] = {"as_int": "1"}
 
 
+def open_size_without_value(program: Any) -> None:
+    values = program["graph_module"]["graph"]["tensor_values"]
+    values["x"]["sizes"][0] = {"as_expr": {"expr_str": "s0", "hint": None}}
+
+
 def second_input(program: Any) -> None:
     module = program["graph_module"]
     module["signature"]["input_specs"].append(module["signature"]["input_specs"][-1])
@@ -469,6 +474,7 @@ def second_input(program: Any) -> None:
         (drop_nodes, "damaged"),
         (wrong_argument, "damaged"),
         (mistyped_argument, "damaged"),
+        (open_size_without_value, "damaged"),
         (unknown_argument, "argument of kind 'as_graph'"),
         (second_input, "other inputs than one tensor"),
     ],
