@@ -141,7 +141,7 @@ def objective_history(result: DefenseResult) -> Figure:
     figure = _canvas()
     panels = figure.subplots(1, max(len(phases), 1), squeeze=False)[0]
     for axes, phase in zip(panels, phases, strict=False):
-        _style(axes)
+        style_axes(axes)
         title, colour = PHASES.get(phase, (phase, INK))
         records = [record for record in result.history if record.phase == phase]
         axes.plot(
@@ -158,7 +158,7 @@ def objective_history(result: DefenseResult) -> Figure:
     if phases:
         panels[0].set_ylabel("Objective")
     else:
-        _style(panels[0])
+        style_axes(panels[0])
         panels[0].set(xlabel="Epoch", ylabel="Objective")
     return figure
 
@@ -172,11 +172,12 @@ def _canvas() -> Figure:
 def _figure() -> tuple[Figure, Axes]:
     figure = _canvas()
     axes = figure.subplots()
-    _style(axes)
+    style_axes(axes)
     return figure, axes
 
 
-def _style(axes: Axes) -> None:
+def style_axes(axes: Axes) -> None:
+    """Give axes the look that all figures share."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GRID)
     axes.grid(axis="y", color=GRID, linewidth=0.8)

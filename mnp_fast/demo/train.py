@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +20,20 @@ def train(
     batch_size: int = 64,
     lr: float = 0.1,
     seed: int = 0,
-    on_epoch: Callable[[int, float], None] | None = None,
-) -> None:
-    """Train in place: SGD with Nesterov momentum 0.9, weight decay 5e-4 and a one-cycle schedule."""
+) -> Iterator[float]:
+    """Train in place, an epoch for every item taken; yields the epoch's mean loss in nats.
+
+    SGD with Nesterov momentum 0.9, weight decay 5e-4 and a one-cycle schedule.
+    """
     optimizer = torch.optim.SGD(
         model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4, nesterov=True
     )
     steps = -(-len(images) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs * steps)
     generator = torch.Generator().manual_seed(seed)
-    model.train()
-    for epoch in range(epochs):
+    for _ in range(epochs):
         total = 0.0
+        model.train()
         for batch in torch.randperm(len(images), generator=generator).split(batch_size):
             loss = F.cross_entropy(model(images[batch]), labels[batch])
             optimizer.zero_grad()
@@ -39,9 +41,8 @@ def train(
             optimizer.step()
             schedule.step()
             total += loss.item() * len(batch)
-        if on_epoch is not None:
-            on_epoch(epoch, total / len(images))
-    model.eval()
+        model.eval()
+        yield total / len(images)
 
 
 @torch.inference_mode()
