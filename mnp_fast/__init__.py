@@ -1,6 +1,20 @@
 """Fast magnitude-based neuron pruning: find and remove the neurons that carry a backdoor."""
 
 from . import _extension, ops, reference  # _extension first: it registers the operators
+from .config import DefenseConfig
+from .defend import defend
+from .info import build_info
+from .result import DefenseResult
 from .wrap import masks, unwrap, wrap
 
-__all__ = ["masks", "ops", "reference", "unwrap", "wrap"]
+__all__ = [
+    "DefenseConfig",
+    "DefenseResult",
+    "build_info",
+    "defend",
+    "masks",
+    "ops",
+    "reference",
+    "unwrap",
+    "wrap",
+]

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .seeds import mixed
+
 
 @dataclass(frozen=True)
 class CleanSet:
@@ -23,10 +25,8 @@ class CleanSet:
 
     def batches(self, size: int, *seed: int) -> list[tuple[Tensor, Tensor]]:
         """Batches in an order that depends on the integers of `seed` alone."""
-        mixed = 0
-        for part in seed:
-            mixed = (mixed * 1_000_003 + part) % 2**63
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(mixed))
+        generator = torch.Generator().manual_seed(mixed(*seed))
+        order = torch.randperm(len(self), generator=generator)
         order = order.to(self.labels.device)
         return [(self.images[part], self.labels[part]) for part in order.split(size)]
 

@@ -24,19 +24,21 @@ class PrunedNeuron:
 class CutPoint:
     """The model's quality on the clean set once the `pruned` neurons of lowest mask are gone.
 
-    `accuracy` is in percent, `loss` is the mean cross-entropy in nats.
+    `accuracy` is in percent, `loss` is the mean cross-entropy in nats, `exposed` the percent of
+    clean images that the exposure still sends to the suspect class.
     """
 
     pruned: int
     accuracy: float
     loss: float
+    exposed: float
 
 
 @dataclass(frozen=True)
 class EpochRecord:
     """One epoch of a phase (`"suppress"` or `"fit"`).
 
-    `loss` is the phase's objective, `accuracy` the clean accuracy in percent after the epoch of the
+    `loss` is the phase's objective in nats (for `"suppress"` the clean loss, negated), `accuracy` the clean accuracy in percent after the epoch of the
     model the phase works on, `seconds` the epoch's duration.
     """
 
@@ -77,6 +79,8 @@ class DefenseResult:
         Quality on the clean set against neurons cut, in increasing order of `pruned`.
     cut
         The point of `curve` that was chosen.
+    target
+        The suspect class: the one that suppressed weights favour.
     history
         One record an epoch.
     seconds
@@ -90,6 +94,7 @@ class DefenseResult:
     pruned: list[PrunedNeuron]
     curve: list[CutPoint]
     cut: CutPoint
+    target: int
     history: list[EpochRecord]
     seconds: dict[str, float]
     config: DefenseConfig
@@ -104,6 +109,7 @@ class DefenseResult:
         return {
             "pruned": [asdict(neuron) for neuron in self.pruned],
             "cut": asdict(self.cut),
+            "target": self.target,
             "curve": [asdict(point) for point in self.curve],
             "history": [asdict(record) for record in self.history],
             "seconds": dict(self.seconds),

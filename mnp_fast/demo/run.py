@@ -70,7 +70,7 @@ def run_demo(
 
     start = time.perf_counter()
     model = _trained(digits, trigger, seed, width, epochs, console)
-    seconds = {"train": time.perf_counter() - start}
+    trained = time.perf_counter() - start
     save_weights(model.state_dict(), out / "model.safetensors")
     before = _measure(model, digits, trigger)
 
@@ -79,7 +79,7 @@ def run_demo(
         model, digits.clean, DefenseConfig(seed=seed), checkpoint=checkpoint, console=console
     )
     after = _measure(result.model, digits, trigger)
-    seconds.update(result.seconds)
+    result.seconds = {"train": trained, **result.seconds}
 
     save_weights(result.model.state_dict(), out / "purified.safetensors")
     write_report(
@@ -93,13 +93,12 @@ def run_demo(
             "after": after,
             "neurons": sum(len(mask) for mask in result.masks.values()),
             "neurons_pruned": len(result.pruned),
-            "phase_seconds": seconds,
         },
     )
     with atomic_path(out / "demo.png") as path:
         demo_figure(digits, trigger, before, after, result).savefig(path, format="png")
     checkpoint.unlink(missing_ok=True)
-    _show(before, after, result, seconds, out, console)
+    _show(before, after, result, out, console)
     return result
 
 
@@ -135,7 +134,6 @@ def _show(
     before: dict[str, float | None],
     after: dict[str, float | None],
     result: DefenseResult,
-    seconds: dict[str, float],
     out: Path,
     console: Console,
 ) -> None:
@@ -145,7 +143,7 @@ def _show(
             table.add_row(name, f"{before[key]:.1f} %", f"{after[key]:.1f} %")
     console.print(table)
     total = sum(len(mask) for mask in result.masks.values())
-    times = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+    times = ", ".join(f"{name} {value:.1f} s" for name, value in result.seconds.items())
     console.print(f"{len(result.pruned)} of {total} neurons pruned. {times}.")
     console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
     console.print(f"Figure: {out / 'demo.png'}", soft_wrap=True)

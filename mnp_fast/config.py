@@ -1,0 +1,131 @@
+"""What a defense can be told, with its defaults and their ranges."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from .wrap import SITES
+
+EXPOSURES = ("offset", "weights")
+
+
+@dataclass(frozen=True)
+class DefenseConfig:
+    """Settings of `mnp_fast.defend`; what they default to was chosen on models of other seeds.
+
+    Attributes
+    ----------
+    site
+        What masks multiply, as in `mnp_fast.wrap`.
+    exposure
+        What the masks are fitted against. `"weights"`: the network with suppressed weights, as in
+        the paper. `"offset"` (the project's choice): the network given its images plus an offset,
+        found by suppressing clean predictions towards the class that suppressed weights favour.
+    alpha
+        Weight in [0, 1] of clean preserving; the exposed network has the rest.
+    weight_penalty
+        Lambda, at least 0: weight of the magnitude that the masks keep.
+    suppress_lr
+        Learning rate of the ascent on the clean loss.
+    suppress_decay
+        Mu, at least 0: weight of the squared norm of all parameters in the ascent.
+    suppress_batch_size
+        Images a step of the ascent.
+    suppress_epochs
+        At most so many epochs of ascent.
+    suppress_accuracy
+        The ascent stops once the clean accuracy is at most this, in percent.
+    offset_steps
+        Steps of the first search for an offset; a renewed one takes `offset_steps // 2`, and one
+        that starts from its predecessor `offset_steps // 6`.
+    offset_lr
+        Learning rate of the search, in units of the images' range of values.
+    offset_decay
+        Weight of the offset's mean square, in units of the range squared.
+    fit_epochs, fit_batch_size, fit_lr, fit_momentum
+        Of projected SGD on the masks.
+    max_exposed
+        The cut shall bring the exposure's success down to this, in percent of images.
+    max_pruned
+        Largest share of the neurons, in (0, 1], that may be cut.
+    max_drop
+        Largest loss of clean accuracy, in points, that the cut may cost on the clean set.
+    seed
+        Of every random order.
+
+    Raises
+    ------
+    ValueError
+        A value out of its range; the message names it.
+    TypeError
+        A value of another type.
+    """
+
+    site: str = "auto"
+    exposure: str = "offset"
+    alpha: float = 0.8
+    weight_penalty: float = 0.3
+    suppress_lr: float = 0.03
+    suppress_decay: float = 0.01
+    suppress_batch_size: int = 128
+    suppress_epochs: int = 200
+    suppress_accuracy: float = 20.0
+    offset_steps: int = 90
+    offset_lr: float = 0.02
+    offset_decay: float = 15.0
+    fit_epochs: int = 8
+    fit_batch_size: int = 25
+    fit_lr: float = 0.05
+    fit_momentum: float = 0.9
+    max_exposed: float = 20.0
+    max_pruned: float = 0.02
+    max_drop: float = 5.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            self._check_type(field.name, type(field.default))
+        for name, allowed in (("site", SITES), ("exposure", EXPOSURES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}"
+                )
+        for name, (low, high, text) in _RANGES.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"{name} must be {text}, not {value}")
+
+    def _check_type(self, name: str, kind: type) -> None:
+        value = getattr(self, name)
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            object.__setattr__(self, name, float(value))
+        elif type(value) is not kind:
+            raise TypeError(f"{name} must be of type {kind.__name__}, not {value!r}")
+
+
+_TINY = math.ulp(0.0)
+_BIG = 1e18
+_POSITIVE = (_TINY, _BIG, "positive")
+_NOT_NEGATIVE = (0.0, _BIG, "at least 0")
+_COUNT = (1, _BIG, "at least 1")
+_RANGES: dict[str, tuple[float, float, str]] = {
+    "alpha": (0.0, 1.0, "between 0 and 1"),
+    "weight_penalty": _NOT_NEGATIVE,
+    "suppress_lr": _POSITIVE,
+    "suppress_decay": _NOT_NEGATIVE,
+    "suppress_batch_size": (2, _BIG, "at least 2"),
+    "suppress_epochs": _COUNT,
+    "suppress_accuracy": (0.0, 100.0, "between 0 and 100 percent"),
+    "offset_steps": (6, _BIG, "at least 6"),
+    "offset_lr": _POSITIVE,
+    "offset_decay": _NOT_NEGATIVE,
+    "fit_epochs": _COUNT,
+    "fit_batch_size": _COUNT,
+    "fit_lr": _POSITIVE,
+    "fit_momentum": (0.0, 1 - 1e-9, "at least 0 and below 1"),
+    "max_exposed": (0.0, 100.0, "between 0 and 100 percent"),
+    "max_pruned": (_TINY, 1.0, "above 0 and at most 1"),
+    "max_drop": (0.0, 100.0, "between 0 and 100 points"),
+    "seed": (0, 2**31 - 1, "between 0 and 2147483647"),
+}

@@ -1,0 +1,291 @@
+"""The defense: suppress, fit masks, choose the cut, prune."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from .config import DefenseConfig
+from .data import CleanSet, check_model, clean_set, evaluate
+from .exposure import OffsetExposure, WeightExposure
+from .io import ensure_writable, load_checkpoint, save_checkpoint
+from .objectives import MaskFit
+from .result import DefenseResult, EpochRecord, LayerNeurons
+from .selection import choose, cut_points, prune, pruning_order
+from .stats import magnitudes, taylor_saliency
+from .suppression import favoured_class, suppress
+from .wrap import masks, unwrap, wrap
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import Tensor, nn
+
+SALIENCY_BATCH = 256
+
+
+def defend(
+    model: nn.Module,
+    data: Any,
+    config: DefenseConfig | None = None,
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    console: Console | None = None,
+) -> DefenseResult:
+    """Find and remove the neurons that carry a backdoor, from a small clean set.
+
+    Clean suppression finds the suspect class and exposes the backdoor; masks are fitted to
+    preserve clean predictions against the exposure under a penalty on the magnitude they keep
+    (Magnitude-based Neuron Pruning, arXiv 2405.17750; where the paper is silent, and how the
+    default exposure differs, see `DefenseConfig`); the neurons of lowest mask are pruned, as few
+    as stop the exposure. No trigger, poisoned image or target class is needed.
+
+    Parameters
+    ----------
+    model
+        A classifier: images (N, *) to logits (N, classes). It is not changed.
+    data
+        The clean set: a pair (images, labels) or an iterable of such batches, such as a
+        DataLoader. Images floating-point as the model expects them; labels int64 (N,).
+    config
+        Settings; the defaults if not given.
+    checkpoint
+        File that is written after every epoch; if it exists, the run it belongs to goes on from
+        there. It is left for the caller to delete.
+    console
+        Where progress with the time left is shown; nowhere if not given.
+
+    Returns
+    -------
+    DefenseResult
+        The purified model, the masks, what was pruned and why.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Bad input, as `mnp_fast.wrap` and `DefenseConfig` say, and for data or weights that are
+        empty, of wrong shapes, devices or ranges, or not finite; found before any work is done.
+        Also a checkpoint of another run.
+    CheckpointError
+        The checkpoint is damaged.
+    OSError
+        The checkpoint's folder cannot be written.
+    """
+    config = DefenseConfig() if config is None else config
+    if not isinstance(config, DefenseConfig):
+        raise TypeError(f"config must be a DefenseConfig, not {type(config).__name__}")
+    clean = clean_set(data)
+    check_model(model, clean)
+    return _Defense(model, clean, config, checkpoint, console).run()
+
+
+@dataclass
+class _State:
+    """Where a run stands: all that a checkpoint holds."""
+
+    epochs: dict[str, int] = field(default_factory=lambda: {"suppress": 0, "fit": 0})
+    suppressing: bool = True
+    target: int = -1
+    history: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    suppressed: dict[str, Tensor] = field(default_factory=dict)
+    masks: list[Tensor] = field(default_factory=list)
+    velocities: list[Tensor] = field(default_factory=list)
+    exposure: dict[str, Any] = field(default_factory=dict)
+
+
+class _Defense:
+    def __init__(
+        self,
+        model: nn.Module,
+        data: CleanSet,
+        config: DefenseConfig,
+        checkpoint: str | os.PathLike[str] | None,
+        console: Console | None,
+    ) -> None:
+        self.model, self.data, self.config = model, data, config
+        self.masked = wrap(model, config.site, example_inputs=(data.images[:2],)).eval()
+        for parameter in self.masked.parameters():
+            parameter.requires_grad_(False)
+        for mask in masks(self.masked).values():
+            mask.requires_grad_(True)
+        self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        self.state = _State()
+        if self.checkpoint is not None:
+            ensure_writable(self.checkpoint.parent)
+            self.fingerprint = _fingerprint(model, data, config)
+            if self.checkpoint.exists():
+                self._resume(self.checkpoint)
+        self.progress = Progress(
+            TextColumn("{task.description:<12}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=console is None,
+        )
+
+    def run(self) -> DefenseResult:
+        with self.progress:
+            suppressed = self._suppress()
+            exposure = self._exposure(suppressed)
+            self._fit(exposure)
+            return self._select(exposure)
+
+    def _suppress(self) -> nn.Module:
+        suppressed = copy.deepcopy(self.model).eval()
+        for parameter in suppressed.parameters():
+            parameter.requires_grad_(True)
+        state = self.state
+        if state.suppressed:
+            suppressed.load_state_dict(state.suppressed)
+        with self._task("Suppressing", self.config.suppress_epochs, "suppress") as advance:
+            if not state.suppressing:
+                return suppressed
+            start = time.perf_counter()
+            for accuracy, loss in suppress(
+                suppressed, self.data, self.config, state.epochs["suppress"]
+            ):
+                state.suppressed = _copied(suppressed.state_dict())
+                self._record("suppress", -loss, accuracy, start)
+                advance()
+                start = time.perf_counter()
+        state.suppressing = False
+        state.target = favoured_class(suppressed, self.data)
+        self._save()
+        return suppressed
+
+    def _exposure(self, suppressed: nn.Module) -> OffsetExposure | WeightExposure:
+        if self.config.exposure == "weights":
+            return WeightExposure(
+                self.masked, suppressed, self.data, self.state.target, self.config
+            )
+        return OffsetExposure(self.masked, self.data, self.state.target, self.config)
+
+    def _fit(self, exposure: OffsetExposure | WeightExposure) -> None:
+        state = self.state
+        fit = MaskFit(self.masked, exposure, self.data, self.config)
+        if state.epochs["fit"]:
+            with torch.no_grad():
+                for mask, stored in zip(fit.masks, state.masks, strict=True):
+                    mask.copy_(stored)
+                for velocity, stored in zip(fit.velocities, state.velocities, strict=True):
+                    velocity.copy_(stored)
+            exposure.load(state.exposure)
+        with self._task("Fitting", self.config.fit_epochs, "fit") as advance:
+            for epoch in range(state.epochs["fit"], self.config.fit_epochs):
+                start = time.perf_counter()
+                objective = fit.epoch(epoch)
+                accuracy, _ = evaluate(self.masked, self.data)
+                state.masks = [mask.detach().clone() for mask in fit.masks]
+                state.velocities, state.exposure = fit.velocities, exposure.state()
+                self._record("fit", objective, accuracy, start)
+                advance()
+
+    def _select(self, exposure: OffsetExposure | WeightExposure) -> DefenseResult:
+        start = time.perf_counter()
+        fitted = {name: mask.detach().clone() for name, mask in masks(self.masked).items()}
+        prune(self.masked, [])
+        saliency = taylor_saliency(self.masked, self.data, SALIENCY_BATCH)
+        neurons = {
+            name: LayerNeurons(
+                *(t.detach().to("cpu", torch.float32) for t in (fitted[name], magnitude, salient))
+            )
+            for (name, magnitude), salient in zip(
+                magnitudes(self.masked).items(), saliency.values(), strict=True
+            )
+        }
+        order = pruning_order(neurons)
+        curve = []
+        with self._task("Cutting", None, None) as advance:
+            for point in cut_points(self.masked, order, exposure, self.data, self.config):
+                curve.append(point)
+                advance()
+        cut = choose(curve, self.config)
+        prune(self.masked, order[: cut.pruned])
+        seconds = {**self.state.seconds, "select": time.perf_counter() - start}
+        return DefenseResult(
+            model=self._purified(),
+            neurons=neurons,
+            pruned=order[: cut.pruned],
+            curve=curve,
+            cut=cut,
+            target=self.state.target,
+            history=[EpochRecord(**record) for record in self.state.history],
+            seconds=seconds,
+            config=self.config,
+        )
+
+    def _purified(self) -> nn.Module:
+        """The masked model made plain, in the given model's modes."""
+        plain = unwrap(self.masked)
+        for name, module in self.model.named_modules():
+            plain.get_submodule(name).training = module.training
+        needs = {name: p.requires_grad for name, p in self.model.named_parameters()}
+        for name, parameter in plain.named_parameters():
+            parameter.requires_grad_(needs.get(name, True))
+        return plain
+
+    @contextmanager
+    def _task(self, name: str, total: int | None, phase: str | None) -> Iterator[Any]:
+        done = self.state.epochs[phase] if phase else 0
+        task = self.progress.add_task(name, total=total, completed=done)
+        yield lambda: self.progress.advance(task)
+        finished = self.progress.tasks[task].completed
+        self.progress.update(task, total=max(finished, 1), completed=max(finished, 1))
+
+    def _record(self, phase: str, loss: float, accuracy: float, start: float) -> None:
+        state, seconds = self.state, time.perf_counter() - start
+        state.epochs[phase] += 1
+        state.seconds[phase] = state.seconds.get(phase, 0.0) + seconds
+        record = EpochRecord(phase, state.epochs[phase], loss, accuracy, seconds)
+        state.history.append(asdict(record))
+        self._save()
+
+    def _save(self) -> None:
+        if self.checkpoint is not None:
+            # Not asdict: it would copy every tensor.
+            content = {"fingerprint": self.fingerprint, "state": dict(vars(self.state))}
+            save_checkpoint(content, self.checkpoint)
+
+    def _resume(self, path: Path) -> None:
+        content = load_checkpoint(path)
+        if not isinstance(content, dict) or content.get("fingerprint") != self.fingerprint:
+            raise ValueError(
+                f"checkpoint '{path}' belongs to another run (other model, data, config or "
+                "version); delete it to start anew"
+            )
+        self.state = _State(**content["state"])
+
+
+def _copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+
+
+def _fingerprint(model: nn.Module, data: CleanSet, config: DefenseConfig) -> str:
+    """Of all that a run's outcome depends on."""
+    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
+    tensors = {**model.state_dict(), "images": data.images, "labels": data.labels}
+    for name, tensor in tensors.items():
+        flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(memoryview(flat.numpy()))
+    return digest.hexdigest()

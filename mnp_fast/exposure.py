@@ -1,0 +1,184 @@
+"""Two ways to expose the backdoor, which the masks are then fitted against.
+
+Suppressed weights say which class is suspect, but they are damaged beyond the backdoor, and masks
+fitted to repair them prune neurons that clean images need. An offset of the images that leaves the
+weights alone reaches the suspect class by the shortest way, which is the backdoor's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .data import predict
+from .wrap import masked_layers, masks, wrap
+
+if TYPE_CHECKING:
+    from .config import DefenseConfig
+    from .data import CleanSet
+
+MARGIN = 2.0  # logits by which a searched offset shall make its class overtake all others
+POOL = 3  # offsets kept: masks that stop only the last one found let earlier ones work again
+WIDENED = 1.5  # factor on the first offset in `success`: a cut shall stop more than was seen
+
+
+class WeightExposure:
+    """The network with suppressed weights, under the same masks (the paper's way).
+
+    Parameters
+    ----------
+    masked
+        The wrapped network; the exposed one shares its masks.
+    suppressed
+        The plain network after `mnp_fast.suppression.suppress`.
+    data
+        The clean set.
+    target
+        The suspect class.
+    config
+        Its `site`.
+    """
+
+    def __init__(
+        self,
+        masked: nn.Module,
+        suppressed: nn.Module,
+        data: CleanSet,
+        target: int,
+        config: DefenseConfig,
+    ) -> None:
+        self.others, self.target = _others(data, target), target
+        self.model = wrap(suppressed, config.site, example_inputs=(data.images[:2],))
+        self.model.eval().requires_grad_(False)
+        for layer, mask in zip(
+            masked_layers(self.model).values(), masks(masked).values(), strict=True
+        ):
+            layer.mask = mask
+
+    def renew(self, epoch: int) -> None:
+        """Nothing: the suppressed weights stay."""
+
+    def logits(self, images: Tensor, step: int) -> Tensor:
+        """What the exposed network makes of a batch."""
+        return self.model(images)
+
+    def success(self) -> float:
+        """Percent of other classes' images that the exposed network takes for the suspect class."""
+        return _share(predict(self.model, self.others), self.target)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs."""
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The counterpart of `state`."""
+
+
+class OffsetExposure:
+    """The masked network given its images plus an offset that leads to the suspect class.
+
+    The offsets are searched anew as the masks change, so that masks cannot merely dodge one.
+
+    Parameters
+    ----------
+    masked
+        The wrapped network; only its masks may take gradients.
+    data
+        The clean set.
+    target
+        The suspect class.
+    config
+        Its `offset_*`.
+    """
+
+    def __init__(
+        self, masked: nn.Module, data: CleanSet, target: int, config: DefenseConfig
+    ) -> None:
+        self.model, self.config, self.target = masked, config, target
+        self.others = _others(data, target)
+        self.low, self.high = (float(bound) for bound in data.images.aminmax())
+        self.first: Tensor | None = None
+        self.offsets: list[Tensor] = []
+
+    def renew(self, epoch: int) -> None:
+        """Search once more, before epoch `epoch`; every other time from the offset before."""
+        steps = self.config.offset_steps
+        if self.first is None:
+            self.first = found = self._search(steps)
+        elif epoch % 2:
+            found = self._search(steps // 2)
+        else:
+            found = self._search(steps // 6, self.offsets[-1])
+        self.offsets = [*self.offsets, found][-POOL:]
+
+    def logits(self, images: Tensor, step: int) -> Tensor:
+        """What the network makes of a batch under one of the offsets, in turn."""
+        return self.model(self._shifted(images, self.offsets[step % len(self.offsets)]))
+
+    def success(self) -> float:
+        """Percent of other classes' images that the first offset, widened, sends to the class."""
+        assert self.first is not None
+        return _share(
+            predict(self.model, self._shifted(self.others, WIDENED * self.first)), self.target
+        )
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs."""
+        return {"first": self.first, "offsets": self.offsets}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The counterpart of `state`."""
+        device = self.others.device
+        self.first = state["first"].to(device)
+        self.offsets = [offset.to(device) for offset in state["offsets"]]
+
+    def _shifted(self, images: Tensor, offset: Tensor) -> Tensor:
+        return (images + offset).clamp(self.low, self.high)
+
+    def _search(self, steps: int, start: Tensor | None = None) -> Tensor:
+        """An offset (1, *), small in mean square, by clean suppression with decay.
+
+        Adam on a hinge that asks the suspect class to overtake all others by `MARGIN`, plus
+        `offset_decay` times the offset's mean square in units of the images' range.
+        """
+        reach = max(self.high - self.low, torch.finfo(self.others.dtype).tiny)
+        offset = torch.zeros_like(self.others[:1]) if start is None else start.clone()
+        offset.requires_grad_(True)
+        optimizer = torch.optim.Adam([offset], lr=self.config.offset_lr * reach)
+        with _constant(list(masks(self.model).values())):
+            for _ in range(steps):
+                logits = self.model(self._shifted(self.others, offset))
+                rivals = logits.clone()
+                rivals[:, self.target] = -torch.inf
+                hinge = (rivals.amax(1) - logits[:, self.target] + MARGIN).relu().mean()
+                size = (offset / reach).square().mean()
+                optimizer.zero_grad()
+                (hinge + self.config.offset_decay * size).backward()
+                optimizer.step()
+        return offset.detach()
+
+
+def _others(data: CleanSet, target: int) -> Tensor:
+    """Images of other classes than the suspect one; all where there are none."""
+    others = data.images[data.labels != target]
+    return others if len(others) else data.images
+
+
+def _share(logits: Tensor, target: int) -> float:
+    return 100 * (logits.argmax(1) == target).double().mean().item()
+
+
+@contextmanager
+def _constant(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """No gradients for the parameters inside the block."""
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)

@@ -1,0 +1,75 @@
+"""Which neurons are cut: an order from the fitted masks, and a rule that sees clean data only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from .data import evaluate
+from .result import CutPoint, LayerNeurons, PrunedNeuron
+from .wrap import masks
+
+if TYPE_CHECKING:
+    from .config import DefenseConfig
+    from .data import CleanSet
+    from .exposure import OffsetExposure, WeightExposure
+
+MAX_POINTS = 100
+
+
+def pruning_order(neurons: dict[str, LayerNeurons]) -> list[PrunedNeuron]:
+    """All neurons, lowest mask first; among equals, largest magnitude within its layer first."""
+    entries = []
+    for name, layer in neurons.items():
+        relative = layer.magnitude / layer.magnitude.mean().clamp(min=torch.finfo().tiny)
+        values = zip(layer.mask.tolist(), relative.tolist(), strict=True)
+        entries += [
+            (mask, -size, PrunedNeuron(name, index, mask))
+            for index, (mask, size) in enumerate(values)
+        ]
+    return [neuron for *_, neuron in sorted(entries, key=lambda entry: entry[:2])]
+
+
+@torch.no_grad()
+def prune(masked: nn.Module, neurons: Sequence[PrunedNeuron]) -> None:
+    """Set the masks of these neurons to 0 and all others to 1."""
+    parameters = masks(masked)
+    for mask in parameters.values():
+        mask.fill_(1)
+    for neuron in neurons:
+        parameters[neuron.layer][neuron.index] = 0
+
+
+def cut_points(
+    masked: nn.Module,
+    order: Sequence[PrunedNeuron],
+    exposure: OffsetExposure | WeightExposure,
+    data: CleanSet,
+    config: DefenseConfig,
+) -> Iterator[CutPoint]:
+    """Quality on the clean set after 0, 1, 2, … neurons are cut, up to the share `max_pruned`.
+
+    In larger steps where there would be more than `MAX_POINTS`. The masks are left anywhere.
+    """
+    last = max(1, int(config.max_pruned * len(order)))
+    for count in range(0, last + 1, 1 + last // MAX_POINTS):
+        prune(masked, order[:count])
+        accuracy, loss = evaluate(masked, data)
+        yield CutPoint(count, accuracy, loss, exposure.success())
+
+
+def choose(curve: Sequence[CutPoint], config: DefenseConfig) -> CutPoint:
+    """The fewest neurons that stop the exposure at a bearable price, or none.
+
+    A backdoor is carried by few neurons. Where no cut of the curve brings the exposure's success
+    down to `max_exposed` percent within `max_drop` points of clean accuracy, what was exposed is
+    a weakness that clean features share, and nothing is cut.
+    """
+    for point in curve:
+        stopped = point.exposed <= config.max_exposed
+        if stopped and point.accuracy >= curve[0].accuracy - config.max_drop:
+            return point
+    return curve[0]

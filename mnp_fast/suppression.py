@@ -1,0 +1,81 @@
+"""Clean suppression: damage what clean data needs, so that what is left shows the backdoor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .data import evaluate, predict
+from .seeds import SUPPRESS, seeded
+
+if TYPE_CHECKING:
+    from .config import DefenseConfig
+    from .data import CleanSet
+
+MAX_GRADIENT_NORM = 20.0
+
+
+def suppress(
+    model: nn.Module, data: CleanSet, config: DefenseConfig, start: int = 0
+) -> Iterator[tuple[float, float]]:
+    """Gradient ascent on ``E[L(F(x; theta), y)] - mu * |theta|^2``, an epoch for every item taken.
+
+    `model` is changed in place, batch statistics included: batch norm is in train mode, where the
+    ascent favours one class far more consistently than in eval mode. Steps are plain SGD with the
+    gradient's norm clipped, because longer ones fool the network in arbitrary ways. It stops after
+    the step at which the accuracy on the clean set is low enough.
+
+    Parameters
+    ----------
+    model
+        A plain network whose parameters take gradients; in eval mode when an item is yielded.
+    data
+        The clean set.
+    config
+        Its `suppress_*` and `seed`.
+    start
+        The epoch to go on from.
+
+    Yields
+    ------
+    tuple of float
+        Accuracy in percent and loss in nats on the clean set after the epoch.
+    """
+    parameters = list(model.parameters())
+    optimizer = torch.optim.SGD(
+        parameters, lr=config.suppress_lr, weight_decay=2 * config.suppress_decay
+    )
+    for epoch in range(start, config.suppress_epochs):
+        with seeded(data.images.device, config.seed, SUPPRESS, epoch):
+            for images, labels in data.batches(
+                config.suppress_batch_size, config.seed, SUPPRESS, epoch
+            ):
+                if len(labels) == 1:
+                    continue  # batch norm needs two
+                model.train()
+                optimizer.zero_grad()
+                (-F.cross_entropy(model(images), labels)).backward()
+                nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM, error_if_nonfinite=True)
+                optimizer.step()
+                model.eval()
+                accuracy, loss = evaluate(model, data)
+                if accuracy <= config.suppress_accuracy:
+                    break
+        yield accuracy, loss
+        if accuracy <= config.suppress_accuracy:
+            return
+
+
+def favoured_class(suppressed: nn.Module, data: CleanSet) -> int:
+    """The class that a suppressed network gives most to images of other classes.
+
+    By mean softmax; in a backdoored network it is the attacker's class as a rule.
+    """
+    probabilities = predict(suppressed, data.images).softmax(1)
+    own = F.one_hot(data.labels, probabilities.shape[1]).bool()
+    means = probabilities.masked_fill(own, 0).sum(0) / (~own).sum(0).clamp(min=1)
+    return int(means.argmax())
