@@ -44,8 +44,8 @@ format: $(BUILT) ## format Python and C++
 wheel: $(BUILT) ## build a wheel into wheels/
 	$(RUN)/pip wheel --no-build-isolation --no-deps --wheel-dir wheels .
 
-results: $(BUILT) ## measure the table in docs/results.md again (half an hour)
-	$(RUN)/python -m benchmarks.demo_results --write docs/results.md
+results: $(BUILT) ## write docs/results.md; models without stored figures are run first
+	$(RUN)/python benchmarks/demo_results.py --run
 
 clean: ## remove what was built
 	rm -rf $(VENV) build wheels out

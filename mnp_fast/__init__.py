@@ -1,6 +1,7 @@
 """Fast magnitude-based neuron pruning: find and remove the neurons that carry a backdoor."""
 
-from . import _extension, ops, reference  # _extension first: it registers the operators
+from . import _extension as _extension  # first: it registers the operators
+from . import ops, reference
 from .config import DefenseConfig
 from .defend import defend
 from .info import build_info

@@ -177,7 +177,7 @@ def defend(
 
 
 def _settings(assignments: list[str]) -> dict[str, Any]:
-    known = {field.name: type(field.default) for field in fields(DefenseConfig)}
+    known: dict[str, type[Any]] = {f.name: type(f.default) for f in fields(DefenseConfig)}
     values = {}
     for assignment in assignments:
         name, found, text = assignment.partition("=")

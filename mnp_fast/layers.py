@@ -71,8 +71,11 @@ class MaskedLayer(nn.Module):
                 f"site of {type(self).__name__} must be one of {self.sites}, not {site!r}"
             )
         like = next(
-            (t for t in (*self.parameters(recurse=False), *self.buffers(recurse=False))
-             if t.is_floating_point()),
+            (
+                t
+                for t in (*self.parameters(recurse=False), *self.buffers(recurse=False))
+                if t.is_floating_point()
+            ),
             torch.empty(0),
         )
         self.site, self.weight_owner = site, ""
@@ -123,7 +126,7 @@ class _MaskedWeights(MaskedLayer):
         """Number of neurons."""
         return self.weight.shape[0]
 
-    def _bias_by_site(self) -> dict[str, Tensor | None]:
+    def _bias_by_site(self) -> dict[str, Any]:
         return {"shift" if self.site == "neuron" else "bias": self.bias}
 
     def _fold(self, mask: Tensor) -> None:
@@ -169,7 +172,7 @@ class MaskedConv2d(_MaskedWeights, nn.Conv2d):
         )
 
 
-class MaskedLinear(_MaskedWeights, nn.Linear):
+class MaskedLinear(_MaskedWeights, nn.Linear):  # type: ignore[misc]  # torch: bias may be None
     """`torch.nn.Linear` with a mask for every output feature.
 
     Parameters

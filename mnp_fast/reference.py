@@ -135,7 +135,7 @@ def mask_update_(
     momentum: float,
     penalty: float,
 ) -> None:
-    """One step of SGD with momentum on ``loss + penalty * <mask, magnitude>``, clamped to [0, 1]."""
+    """One SGD step with momentum on ``loss + penalty * <mask, magnitude>``, clamped to [0, 1]."""
     for mask, grad, velocity, magnitude in zip(masks, grads, velocities, magnitudes, strict=True):
         velocity.mul_(momentum).add_(grad).add_(magnitude, alpha=penalty)
         mask.sub_(velocity, alpha=lr).clamp_(0, 1)

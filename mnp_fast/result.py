@@ -38,8 +38,9 @@ class CutPoint:
 class EpochRecord:
     """One epoch of a phase (`"suppress"` or `"fit"`).
 
-    `loss` is the phase's objective in nats (for `"suppress"` the clean loss, negated), `accuracy` the clean accuracy in percent after the epoch of the
-    model the phase works on, `seconds` the epoch's duration.
+    `loss` is the phase's objective in nats (for `"suppress"` the clean loss, negated), `accuracy`
+    the clean accuracy in percent after the epoch of the model the phase works on, `seconds` the
+    epoch's duration.
     """
 
     phase: str

@@ -74,8 +74,8 @@ def wrap(
     if not masks(masked):
         kinds = ", ".join(cls.__name__ for cls in _MASKED)
         raise ValueError(
-            f"{type(model).__name__} has nothing to mask at site {site!r}: no layer of kind {kinds} "
-            "but those that make its output"
+            f"{type(model).__name__} has nothing to mask at site {site!r}: no layer of kind "
+            f"{kinds} but those that make its output"
         )
     return masked
 

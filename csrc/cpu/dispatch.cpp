@@ -22,12 +22,10 @@ std::vector<InstructionSet> instruction_sets() {
   std::vector<InstructionSet> sets{{&kernels_baseline, true}};
 #ifdef MNP_X86
   __builtin_cpu_init();
-  sets.push_back(
-      {&kernels_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
-  sets.push_back({&kernels_avx512, __builtin_cpu_supports("avx512f") &&
-                                       __builtin_cpu_supports("avx512bw") &&
-                                       __builtin_cpu_supports("avx512dq") &&
-                                       __builtin_cpu_supports("avx512vl")});
+  sets.push_back({&kernels_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
+  sets.push_back({&kernels_avx512,
+                  __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")});
 #endif
   return sets;
 }
@@ -66,8 +64,12 @@ const KernelTable& kernels() {
 }
 
 template <>
-const Kernels<float>& kernels_of<float>() { return kernels().f32; }
+const Kernels<float>& kernels_of<float>() {
+  return kernels().f32;
+}
 template <>
-const Kernels<double>& kernels_of<double>() { return kernels().f64; }
+const Kernels<double>& kernels_of<double>() {
+  return kernels().f64;
+}
 
 }  // namespace mnp::cpu

@@ -37,9 +37,7 @@ struct Panels {
     return width - panel * kWide <= VecOf<T>::lanes ? VecOf<T>::lanes : kWide;
   }
   int64_t used(int64_t panel) const { return min(kWide, width - panel * kWide); }
-  int64_t padded() const {
-    return width == 0 ? 0 : (count() - 1) * kWide + lanes(count() - 1);
-  }
+  int64_t padded() const { return width == 0 ? 0 : (count() - 1) * kWide + lanes(count() - 1); }
 };
 
 template <class T>
@@ -166,7 +164,8 @@ int64_t weight_grad_scratch(const WeightGrad<T>& a) {
   return (kGradChunk + kUnitRows) * Panels<T>{a.depth}.padded();
 }
 
-// Copies the input pixels under one tap into panels [panel][pixel][lanes], zero where there are none.
+// Copies the input pixels under one tap into panels [panel][pixel][lanes], zero where there are
+// none.
 template <class T>
 void gather_panels(const WeightGrad<T>& a, int64_t group, int64_t tap, int64_t chunk,
                    int64_t pixels, T* out) {

@@ -1,6 +1,7 @@
 // The kernels of one instruction set. The including file defines MNP_ISA (its name), MNP_VEC_BYTES
 // (vector width) and MNP_ROWS (rows of the register block), and is compiled with that set's flags.
-// No standard library code is instantiated here: the linker could hand it to machines without the set.
+// No standard library code is instantiated here: the linker could hand it to machines without the
+// set.
 #include "kernels.h"
 
 namespace mnp::cpu {
@@ -27,9 +28,13 @@ inline void store(T* p, typename VecOf<T>::type v) {
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 // NaN goes through, as in torch.
 template <class T>
-inline T relu(T x) { return x < 0 ? T(0) : x; }
+inline T relu(T x) {
+  return x < 0 ? T(0) : x;
+}
 template <class T>
-inline T max(T a, T b) { return a > b || a != a ? a : b; }
+inline T max(T a, T b) {
+  return a > b || a != a ? a : b;
+}
 inline float abs(float x) { return __builtin_fabsf(x); }
 inline double abs(double x) { return __builtin_fabs(x); }
 inline float sqrt(float x) { return __builtin_sqrtf(x); }

@@ -11,13 +11,13 @@ namespace mnp::cpu {
 // y = act(mask * (scale * u + shift) + bias + residual), per neuron (the last axis).
 template <class T>
 struct Epilogue {
-  const T* mask;              // [K], or [N][K] where mask_stride is K
-  int64_t mask_stride;        // 0, or K
-  const T* scale;             // [K]
-  const T* shift;             // [K]
-  const T* bias;              // [K]
-  const T* residual;          // laid out as the output, or null
-  T* u;                       // where u is kept for the backward, or null
+  const T* mask;        // [K], or [N][K] where mask_stride is K
+  int64_t mask_stride;  // 0, or K
+  const T* scale;       // [K]
+  const T* shift;       // [K]
+  const T* bias;        // [K]
+  const T* residual;    // laid out as the output, or null
+  T* u;                 // where u is kept for the backward, or null
   bool relu;
 };
 
@@ -26,30 +26,30 @@ struct Epilogue {
 // A forward pass is one of these; a gradient of the input is one for each phase of the stride.
 template <class T>
 struct GatherGemm {
-  const T* input;             // NHWC
+  const T* input;  // NHWC
   int64_t in_h, in_w, in_channels;
-  const T* zeros;             // depth zeros, read where a tap falls outside the input
+  const T* zeros;  // depth zeros, read where a tap falls outside the input
   int64_t groups;
-  int64_t depth;              // input channels of a group
-  int64_t width;              // output channels of a group
-  const T* panels;            // pack_panels of every group, one after the other
+  int64_t depth;    // input channels of a group
+  int64_t width;    // output channels of a group
+  const T* panels;  // pack_panels of every group, one after the other
   int64_t taps;
-  const int64_t* tap_h;       // [taps] input row of a tap, relative to step_h * output row
+  const int64_t* tap_h;  // [taps] input row of a tap, relative to step_h * output row
   const int64_t* tap_w;
-  int64_t rows, cols;         // output grid of one sample
-  int64_t step_h, step_w;     // input pixels per output pixel
-  T* output;                  // NHWC, groups * width channels
-  int64_t out_h, out_w;       // output image; grid pixel (i, j) is at
+  int64_t rows, cols;                  // output grid of one sample
+  int64_t step_h, step_w;              // input pixels per output pixel
+  T* output;                           // NHWC, groups * width channels
+  int64_t out_h, out_w;                // output image; grid pixel (i, j) is at
   int64_t out_step_h, out_step_w;      // (out_origin_h + i * out_step_h,
   int64_t out_origin_h, out_origin_w;  //  out_origin_w + j * out_step_w)
-  const Epilogue<T>* epilogue;  // null: the product itself
+  const Epilogue<T>* epilogue;         // null: the product itself
 };
 
 // dW[k][d][tap] = sum over output pixels of grad[p][k] * x[p at tap][d].
 template <class T>
 struct WeightGrad {
-  const T* grad;              // NHWC (batch, rows, cols, groups * width), readable slack() past its end
-  const T* input;             // NHWC
+  const T* grad;   // NHWC (batch, rows, cols, groups * width), readable slack() past its end
+  const T* input;  // NHWC
   int64_t batch, rows, cols;
   int64_t in_h, in_w, in_channels;
   int64_t groups, depth, width;
@@ -57,7 +57,7 @@ struct WeightGrad {
   const int64_t* tap_h;
   const int64_t* tap_w;
   int64_t step_h, step_w;
-  T* weight_grad;             // [groups * width][depth][taps]
+  T* weight_grad;  // [groups * width][depth][taps]
 };
 
 // Elements (n, k, i) of a tensor with `inner` elements per neuron and sample:
@@ -73,15 +73,15 @@ template <class T>
 struct EpilogueGrad {
   NeuronLayout layout;
   const T* grad;
-  const T* y;                 // the forward's output; null without ReLU
-  const T* u;                 // null when sums[1..2] are not wanted
+  const T* y;  // the forward's output; null without ReLU
+  const T* u;  // null when sums[1..2] are not wanted
   const T* mask;
   int64_t mask_stride;
   const T* scale;
   const T* shift;
   T* dz;
   T* g;
-  T* sums;                    // [3][batch][neurons]
+  T* sums;  // [3][batch][neurons]
 };
 
 enum class Norm : int { l1, l2, linf };
@@ -107,7 +107,8 @@ struct Kernels {
   int64_t (*gather_scratch)(int64_t taps);
   // Grid pixels [begin, end) of batch * rows * cols.
   void (*gather_gemm)(const GatherGemm<T>&, int64_t begin, int64_t end, const T** scratch);
-  // Independent units of work of a weight gradient, elements of scratch for one, and units [begin, end).
+  // Independent units of work of a weight gradient, elements of scratch for one, and units [begin,
+  // end).
   int64_t (*weight_grad_units)(const WeightGrad<T>&);
   int64_t (*weight_grad_scratch)(const WeightGrad<T>&);
   void (*weight_grad)(const WeightGrad<T>&, int64_t begin, int64_t end, T* scratch);

@@ -26,13 +26,10 @@ void mask_update_(const std::vector<Tensor>& masks, const std::vector<Tensor>& g
     const Tensor magnitude = torch::stable::contiguous(magnitudes[i]);
     with_type(masks[i].scalar_type(), [&](auto zero) {
       using T = decltype(zero);
-      const cpu::MaskUpdate<T> a{mutable_data<T>(masks[i]),
-                                 data<T>(grad),
-                                 mutable_data<T>(velocities[i]),
-                                 data<T>(magnitude),
-                                 static_cast<T>(lr),
-                                 static_cast<T>(momentum),
-                                 static_cast<T>(penalty)};
+      const cpu::MaskUpdate<T> a{
+          mutable_data<T>(masks[i]), data<T>(grad),      mutable_data<T>(velocities[i]),
+          data<T>(magnitude),        static_cast<T>(lr), static_cast<T>(momentum),
+          static_cast<T>(penalty)};
       torch::stable::parallel_for(0, masks[i].numel(), grain(1), [&](int64_t begin, int64_t end) {
         cpu::kernels_of<T>().mask_update(a, begin, end);
       });

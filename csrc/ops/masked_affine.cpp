@@ -23,7 +23,7 @@ struct Plan {
 
   // `t` in the compute type and in x's layout.
   Tensor arrange(const Tensor& t) const {
-    const MemoryFormat format = !channels_last   ? MemoryFormat::Contiguous
+    const MemoryFormat format = !channels_last ? MemoryFormat::Contiguous
                                 : t.dim() == 4 ? MemoryFormat::ChannelsLast
                                                : MemoryFormat::ChannelsLast3d;
     return torch::stable::contiguous(as_type(t, type), format);
@@ -33,8 +33,8 @@ struct Plan {
 }  // namespace
 
 Tensor masked_affine(const Tensor& x, const MaybeTensor& mask, const MaybeTensor& scale,
-                     const MaybeTensor& shift, const MaybeTensor& bias,
-                     const MaybeTensor& residual, const std::string& activation) {
+                     const MaybeTensor& shift, const MaybeTensor& bias, const MaybeTensor& residual,
+                     const std::string& activation) {
   const char* op = "masked_affine";
   const Plan plan(op, x);
   const cpu::NeuronLayout& layout = plan.layout;
@@ -63,10 +63,12 @@ Tensor masked_affine(const Tensor& x, const MaybeTensor& mask, const MaybeTensor
   return as_type(y, x.scalar_type());
 }
 
-std::tuple<Tensor, Tensor, Tensor> masked_affine_backward(
-    const Tensor& grad, const Tensor& x, const MaybeTensor& y, const MaybeTensor& mask,
-    const MaybeTensor& scale, const MaybeTensor& shift, bool need_x, bool need_residual,
-    bool need_sums) {
+std::tuple<Tensor, Tensor, Tensor> masked_affine_backward(const Tensor& grad, const Tensor& x,
+                                                          const MaybeTensor& y,
+                                                          const MaybeTensor& mask,
+                                                          const MaybeTensor& scale,
+                                                          const MaybeTensor& shift, bool need_x,
+                                                          bool need_residual, bool need_sums) {
   const char* op = "masked_affine_backward";
   const Plan plan(op, x);
   const cpu::NeuronLayout& layout = plan.layout;
@@ -82,9 +84,8 @@ std::tuple<Tensor, Tensor, Tensor> masked_affine_backward(
     return needed ? torch::stable::empty_like(plan.x) : torch::stable::empty({0}, plan.type);
   };
   Tensor dx = output(need_x), dres = output(need_residual);
-  Tensor sums = need_sums
-                    ? torch::stable::empty({3, layout.batch, layout.neurons}, plan.type)
-                    : torch::stable::empty({0}, plan.type);
+  Tensor sums = need_sums ? torch::stable::empty({3, layout.batch, layout.neurons}, plan.type)
+                          : torch::stable::empty({0}, plan.type);
   with_type(plan.type, [&](auto zero) {
     using T = decltype(zero);
     cpu::EpilogueGrad<T> e{};

@@ -28,14 +28,14 @@ struct Conv {
     n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
     k = weight.size(0), kh = weight.size(2), kw = weight.size(3);
     MNP_CHECK(g > 0 && k % g == 0 && c == weight.size(1) * g, op, ": x has ", c,
-              " channels and weight has shape ", shape_of(weight), ", which do not fit groups = ",
-              g);
+              " channels and weight has shape ", shape_of(weight),
+              ", which do not fit groups = ", g);
     for (int i = 0; i < 2; ++i) stride[i] = s[i], padding[i] = p[i], dilation[i] = d[i];
     oh = (h + 2 * p[0] - d[0] * (kh - 1) - 1) / s[0] + 1;
     ow = (w + 2 * p[1] - d[1] * (kw - 1) - 1) / s[1] + 1;
-    MNP_CHECK(h + 2 * p[0] > d[0] * (kh - 1) && w + 2 * p[1] > d[1] * (kw - 1), op, ": a kernel of ",
-              kh, "x", kw, " with dilation ", d[0], "x", d[1], " does not fit a padded input of ",
-              h + 2 * p[0], "x", w + 2 * p[1]);
+    MNP_CHECK(h + 2 * p[0] > d[0] * (kh - 1) && w + 2 * p[1] > d[1] * (kw - 1), op,
+              ": a kernel of ", kh, "x", kw, " with dilation ", d[0], "x", d[1],
+              " does not fit a padded input of ", h + 2 * p[0], "x", w + 2 * p[1]);
   }
   int64_t taps() const { return kh * kw; }
   int64_t group_in() const { return c / groups; }
@@ -114,12 +114,12 @@ void run_gather(cpu::GatherGemm<T>& a, int64_t batch, const Taps& taps) {
   a.taps = static_cast<int64_t>(taps.index.size());
   a.tap_h = taps.h.data();
   a.tap_w = taps.w.data();
-  torch::stable::parallel_for(
-      0, batch * a.rows * a.cols, grain(a.taps * a.depth * a.width * a.groups),
-      [&](int64_t begin, int64_t end) {
-        auto scratch = buffer<const T*>(kernels.gather_scratch(a.taps));
-        kernels.gather_gemm(a, begin, end, scratch.get());
-      });
+  torch::stable::parallel_for(0, batch * a.rows * a.cols,
+                              grain(a.taps * a.depth * a.width * a.groups),
+                              [&](int64_t begin, int64_t end) {
+                                auto scratch = buffer<const T*>(kernels.gather_scratch(a.taps));
+                                kernels.gather_gemm(a, begin, end, scratch.get());
+                              });
 }
 
 template <class T>
@@ -156,11 +156,11 @@ void weight_grad(const Conv& conv, const T* g, const T* x, T* dw) {
   a.taps = conv.taps(), a.tap_h = taps.h.data(), a.tap_w = taps.w.data();
   a.step_h = conv.stride[0], a.step_w = conv.stride[1];
   const int64_t units = kernels.weight_grad_units(a);
-  torch::stable::parallel_for(
-      0, units, grain(conv.n * conv.oh * conv.ow * a.depth), [&](int64_t begin, int64_t end) {
-        auto scratch = buffer<T>(kernels.weight_grad_scratch(a));
-        kernels.weight_grad(a, begin, end, scratch.get());
-      });
+  torch::stable::parallel_for(0, units, grain(conv.n * conv.oh * conv.ow * a.depth),
+                              [&](int64_t begin, int64_t end) {
+                                auto scratch = buffer<T>(kernels.weight_grad_scratch(a));
+                                kernels.weight_grad(a, begin, end, scratch.get());
+                              });
 }
 
 Tensor to_channels_last(const Tensor& t, ScalarType type) {
@@ -215,9 +215,14 @@ std::tuple<Tensor, Tensor> masked_conv2d(const Tensor& x, const Tensor& weight,
     using T = decltype(zero);
     const Taps taps = forward_taps(conv);
     const auto panels = pack<T>(conv, kernel, taps, false);
-    const cpu::Epilogue<T> epilogue{data<T>(m.values), m.stride,    data<T>(a),
-                                    data<T>(c),        data<T>(b),  data_or_null<T>(r),
-                                    keep_u ? mutable_data<T>(u) : nullptr, relu};
+    const cpu::Epilogue<T> epilogue{data<T>(m.values),
+                                    m.stride,
+                                    data<T>(a),
+                                    data<T>(c),
+                                    data<T>(b),
+                                    data_or_null<T>(r),
+                                    keep_u ? mutable_data<T>(u) : nullptr,
+                                    relu};
     cpu::GatherGemm<T> g{};
     g.input = data<T>(input);
     g.in_h = conv.h, g.in_w = conv.w, g.in_channels = conv.c;
@@ -260,14 +265,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
   const Ints out_sizes{conv.n, conv.k, conv.oh, conv.ow};
   Tensor dres = need_residual ? empty(out_sizes, type, true) : empty({0}, type);
   Tensor dx = need_x ? empty({conv.n, conv.c, conv.h, conv.w}, type, true) : empty({0}, type);
-  Tensor dw = need_weight ? empty({conv.k, conv.group_in(), conv.kh, conv.kw}, type)
-                          : empty({0}, type);
+  Tensor dw =
+      need_weight ? empty({conv.k, conv.group_in(), conv.kh, conv.kw}, type) : empty({0}, type);
   Tensor sums = need_sums ? empty({3, conv.n, conv.k}, type) : empty({0}, type);
   with_type(type, [&](auto zero) {
     using T = decltype(zero);
     std::unique_ptr<T[]> g;
-    if (need_x || need_weight)
-      g = buffer<T>(grad.numel() + cpu::kernels_of<T>().grad_slack);
+    if (need_x || need_weight) g = buffer<T>(grad.numel() + cpu::kernels_of<T>().grad_slack);
     cpu::EpilogueGrad<T> e{};
     e.layout = {conv.n, conv.k, conv.oh * conv.ow, true};
     e.grad = data<T>(dy);
@@ -279,8 +283,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
     e.g = g.get();
     e.sums = need_sums ? mutable_data<T>(sums) : nullptr;
     run_epilogue_grad(e);
-    if (need_x)
-      input_grad(conv, even_taps(as_type(weight, type)), g.get(), mutable_data<T>(dx));
+    if (need_x) input_grad(conv, even_taps(as_type(weight, type)), g.get(), mutable_data<T>(dx));
     if (need_weight) {
       const Tensor input = to_channels_last(x, type);
       weight_grad(conv, g.get(), data<T>(input), mutable_data<T>(dw));

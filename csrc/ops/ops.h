@@ -23,13 +23,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
     int64_t groups, bool need_x, bool need_weight, bool need_residual, bool need_sums);
 
 Tensor masked_affine(const Tensor& x, const MaybeTensor& mask, const MaybeTensor& scale,
-                     const MaybeTensor& shift, const MaybeTensor& bias,
-                     const MaybeTensor& residual, const std::string& activation);
+                     const MaybeTensor& shift, const MaybeTensor& bias, const MaybeTensor& residual,
+                     const std::string& activation);
 
-std::tuple<Tensor, Tensor, Tensor> masked_affine_backward(
-    const Tensor& grad, const Tensor& x, const MaybeTensor& y, const MaybeTensor& mask,
-    const MaybeTensor& scale, const MaybeTensor& shift, bool need_x, bool need_residual,
-    bool need_sums);
+std::tuple<Tensor, Tensor, Tensor> masked_affine_backward(const Tensor& grad, const Tensor& x,
+                                                          const MaybeTensor& y,
+                                                          const MaybeTensor& mask,
+                                                          const MaybeTensor& scale,
+                                                          const MaybeTensor& shift, bool need_x,
+                                                          bool need_residual, bool need_sums);
 
 std::vector<Tensor> neuron_magnitude(const std::vector<Tensor>& weights, const std::string& norm);
 

@@ -28,7 +28,7 @@ def blend(images: Tensor, ratio: float = 0.2) -> Tensor:
 
 
 def sig(images: Tensor, amplitude: float = 0.15, periods: float = 6) -> Tensor:
-    """Add a horizontal sine of `periods` periods and the given amplitude (SIG, arXiv 1902.11237)."""
+    """Add a horizontal sine of this amplitude and number of periods (SIG, arXiv 1902.11237)."""
     width = images.shape[-1]
     wave = amplitude * torch.sin(2 * math.pi * periods * torch.arange(width) / width)
     return (images + wave.to(images)).clamp(0, 1)

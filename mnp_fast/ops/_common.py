@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_library = torch.library.Library("mnp_fast", "IMPL")  # noqa: TOR901 (lives as long as the package)
+_library = torch.library.Library("mnp_fast", "IMPL")  # registrations live as long as this does
 
 
 def default_kernel(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

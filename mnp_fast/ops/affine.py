@@ -150,7 +150,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dx if need_x else None, *vectors, residual, None
 
 
-torch.library.register_autograd(
-    "mnp_fast::masked_affine", _backward, setup_context=_setup_context
-)
+torch.library.register_autograd("mnp_fast::masked_affine", _backward, setup_context=_setup_context)
 no_double_backward("masked_affine_backward")

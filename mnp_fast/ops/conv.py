@@ -1,4 +1,4 @@
-"""Fused masked convolution and linear layer: ``act(mask * (scale * u + shift) + bias + residual)``."""
+"""Fused masked convolution and linear: ``act(mask * (scale * u + shift) + bias + residual)``."""
 
 from __future__ import annotations
 
@@ -305,7 +305,7 @@ def _backward_default(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, mask, scale, shift, bias, residual, *geometry, activation, keep_u = inputs
+    x, weight, mask, scale, shift, bias, _residual, *geometry, activation, keep_u = inputs
     y, u = output
     ctx.mark_non_differentiable(u)
     ctx.geometry = geometry
@@ -355,7 +355,5 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-torch.library.register_autograd(
-    "mnp_fast::masked_conv2d", _backward, setup_context=_setup_context
-)
+torch.library.register_autograd("mnp_fast::masked_conv2d", _backward, setup_context=_setup_context)
 no_double_backward("masked_conv2d_backward")

@@ -1,0 +1,5 @@
+compiler: str
+built_with_torch: str
+instruction_sets_built: list[str]
+instruction_sets_usable: list[str]
+instruction_set: str
