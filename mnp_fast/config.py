@@ -21,7 +21,7 @@ class DefenseConfig:
     exposure
         What the masks are fitted against. `"weights"`: the network with suppressed weights, as in
         the paper. `"offset"` (the project's choice): the network given its images plus an offset,
-        found by suppressing clean predictions towards the class that suppressed weights favour.
+        found by suppressing clean predictions towards a class that suppressed weights favour.
     alpha
         Weight in [0, 1] of clean preserving; the exposed network has the rest.
     weight_penalty
@@ -36,6 +36,9 @@ class DefenseConfig:
         At most so many epochs of ascent.
     suppress_accuracy
         The ascent stops once the clean accuracy is at most this, in percent.
+    suspects
+        How many of the classes that suppressed weights favour most are searched for an offset; the
+        one with the smallest is the suspect class.
     offset_steps
         Steps of the first search for an offset; a renewed one takes `offset_steps // 2`, and one
         that starts from its predecessor `offset_steps // 6`.
@@ -71,6 +74,7 @@ class DefenseConfig:
     suppress_batch_size: int = 128
     suppress_epochs: int = 200
     suppress_accuracy: float = 20.0
+    suspects: int = 3
     offset_steps: int = 90
     offset_lr: float = 0.02
     offset_decay: float = 15.0
@@ -78,7 +82,7 @@ class DefenseConfig:
     fit_batch_size: int = 25
     fit_lr: float = 0.05
     fit_momentum: float = 0.9
-    max_exposed: float = 20.0
+    max_exposed: float = 10.0
     max_pruned: float = 0.02
     max_drop: float = 5.0
     seed: int = 0
@@ -106,8 +110,8 @@ class DefenseConfig:
 
 _TINY = math.ulp(0.0)
 _BIG = 1e18
-_POSITIVE = (_TINY, _BIG, "positive")
-_NOT_NEGATIVE = (0.0, _BIG, "at least 0")
+_POSITIVE = (_TINY, _BIG, "positive and finite")
+_NOT_NEGATIVE = (0.0, _BIG, "at least 0 and finite")
 _COUNT = (1, _BIG, "at least 1")
 _RANGES: dict[str, tuple[float, float, str]] = {
     "alpha": (0.0, 1.0, "between 0 and 1"),
@@ -117,6 +121,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "suppress_batch_size": (2, _BIG, "at least 2"),
     "suppress_epochs": _COUNT,
     "suppress_accuracy": (0.0, 100.0, "between 0 and 100 percent"),
+    "suspects": _COUNT,
     "offset_steps": (6, _BIG, "at least 6"),
     "offset_lr": _POSITIVE,
     "offset_decay": _NOT_NEGATIVE,

@@ -31,7 +31,7 @@ from .objectives import MaskFit
 from .result import DefenseResult, EpochRecord, LayerNeurons
 from .selection import choose, cut_points, prune, pruning_order
 from .stats import magnitudes, taylor_saliency
-from .suppression import favoured_class, suppress
+from .suppression import favoured_classes, suppress
 from .wrap import masks, unwrap, wrap
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ def defend(
 ) -> DefenseResult:
     """Find and remove the neurons that carry a backdoor, from a small clean set.
 
-    Clean suppression finds the suspect class and exposes the backdoor; masks are fitted to
-    preserve clean predictions against the exposure under a penalty on the magnitude they keep
+    Clean suppression finds suspect classes and exposes the backdoor; masks are fitted to preserve
+    clean predictions against the exposure under a penalty on the magnitude they keep
     (Magnitude-based Neuron Pruning, arXiv 2405.17750; where the paper is silent, and how the
     default exposure differs, see `DefenseConfig`); the neurons of lowest mask are pruned, as few
     as stop the exposure. No trigger, poisoned image or target class is needed.
@@ -101,7 +101,7 @@ class _State:
     """Where a run stands: all that a checkpoint holds."""
 
     epochs: dict[str, int] = field(default_factory=lambda: {"suppress": 0, "fit": 0})
-    suppressing: bool = True
+    suspects: list[int] = field(default_factory=list)
     target: int = -1
     history: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -146,7 +146,7 @@ class _Defense:
     def run(self) -> DefenseResult:
         with self.progress:
             suppressed = self._suppress()
-            exposure = self._exposure(suppressed)
+            exposure = self._expose(suppressed)
             self._fit(exposure)
             return self._select(exposure)
 
@@ -158,7 +158,7 @@ class _Defense:
         if state.suppressed:
             suppressed.load_state_dict(state.suppressed)
         with self._task("Suppressing", self.config.suppress_epochs, "suppress") as advance:
-            if not state.suppressing:
+            if state.suspects:
                 return suppressed
             start = time.perf_counter()
             for accuracy, loss in suppress(
@@ -168,17 +168,31 @@ class _Defense:
                 self._record("suppress", -loss, accuracy, start)
                 advance()
                 start = time.perf_counter()
-        state.suppressing = False
-        state.target = favoured_class(suppressed, self.data)
+        state.suspects = favoured_classes(suppressed, self.data)[: self.config.suspects]
         self._save()
         return suppressed
 
-    def _exposure(self, suppressed: nn.Module) -> OffsetExposure | WeightExposure:
-        if self.config.exposure == "weights":
-            return WeightExposure(
-                self.masked, suppressed, self.data, self.state.target, self.config
-            )
-        return OffsetExposure(self.masked, self.data, self.state.target, self.config)
+    def _expose(self, suppressed: nn.Module) -> OffsetExposure | WeightExposure:
+        """The exposure of the suspect class, which is chosen here if it is not yet."""
+        state, config = self.state, self.config
+        if config.exposure == "weights":
+            state.target = state.suspects[0]
+            return WeightExposure(self.masked, suppressed, self.data, state.target, config)
+        if state.target >= 0:
+            exposure = OffsetExposure(self.masked, self.data, state.target, config)
+            exposure.load(state.exposure)
+            return exposure
+        start, sizes = time.perf_counter(), []
+        exposures = [OffsetExposure(self.masked, self.data, t, config) for t in state.suspects]
+        with self._task("Exposing", len(exposures), None) as advance:
+            for exposure in exposures:
+                sizes.append(exposure.start())
+                advance()
+        exposure = exposures[sizes.index(min(sizes))]
+        state.target, state.exposure = exposure.target, exposure.state()
+        state.seconds["expose"] = time.perf_counter() - start
+        self._save()
+        return exposure
 
     def _fit(self, exposure: OffsetExposure | WeightExposure) -> None:
         state = self.state
@@ -189,7 +203,6 @@ class _Defense:
                     mask.copy_(stored)
                 for velocity, stored in zip(fit.velocities, state.velocities, strict=True):
                     velocity.copy_(stored)
-            exposure.load(state.exposure)
         with self._task("Fitting", self.config.fit_epochs, "fit") as advance:
             for epoch in range(state.epochs["fit"], self.config.fit_epochs):
                 start = time.perf_counter()

@@ -1,12 +1,14 @@
 """Two ways to expose the backdoor, which the masks are then fitted against.
 
-Suppressed weights say which class is suspect, but they are damaged beyond the backdoor, and masks
-fitted to repair them prune neurons that clean images need. An offset of the images that leaves the
-weights alone reaches the suspect class by the shortest way, which is the backdoor's own.
+Suppressed weights say which classes are suspect, but they are damaged beyond the backdoor, and
+masks fitted to repair them prune neurons that clean images need. An offset of the images leaves the
+weights alone and reaches its class by the shortest way: the backdoor's own where there is one, so
+that the suspect with the smallest offset is the attacker's.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 MARGIN = 2.0  # logits by which a searched offset shall make its class overtake all others
 POOL = 3  # offsets kept: masks that stop only the last one found let earlier ones work again
+REACHED = 50.0  # percent of images that an offset must send to its class to count
 WIDENED = 1.5  # factor on the first offset in `success`: a cut shall stop more than was seen
 
 
@@ -101,15 +104,22 @@ class OffsetExposure:
         self.model, self.config, self.target = masked, config, target
         self.others = _others(data, target)
         self.low, self.high = (float(bound) for bound in data.images.aminmax())
-        self.first: Tensor | None = None
-        self.offsets: list[Tensor] = []
+        self.first = torch.zeros_like(data.images[:1])
+        self.offsets = [self.first]
+
+    def start(self) -> float:
+        """Search the first offset; returns its mean square, infinite where it does not succeed."""
+        self.first = self._search(self.config.offset_steps)
+        self.offsets = [self.first]
+        reached = _share(predict(self.model, self._shifted(self.others, self.first)), self.target)
+        return self.first.square().mean().item() if reached >= REACHED else math.inf
 
     def renew(self, epoch: int) -> None:
-        """Search once more, before epoch `epoch`; every other time from the offset before."""
+        """Search once more, before every epoch but 0; every other time from the offset before."""
+        if epoch == 0:
+            return
         steps = self.config.offset_steps
-        if self.first is None:
-            self.first = found = self._search(steps)
-        elif epoch % 2:
+        if epoch % 2:
             found = self._search(steps // 2)
         else:
             found = self._search(steps // 6, self.offsets[-1])
@@ -121,7 +131,6 @@ class OffsetExposure:
 
     def success(self) -> float:
         """Percent of other classes' images that the first offset, widened, sends to the class."""
-        assert self.first is not None
         return _share(
             predict(self.model, self._shifted(self.others, WIDENED * self.first)), self.target
         )

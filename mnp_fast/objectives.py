@@ -54,7 +54,7 @@ class MaskFit:
         self.velocities = [torch.zeros_like(mask) for mask in self.masks]
         norms = magnitudes(masked)
         total = torch.stack([norm.sum() for norm in norms.values()]).sum()
-        scale = len(norms) / total.clamp(min=torch.finfo(total.dtype).tiny)
+        scale = len(norms) / total.clamp(min=torch.finfo(total.dtype).eps)
         self.magnitudes = [
             (norm * scale).to(mask.dtype)
             for norm, mask in zip(norms.values(), self.masks, strict=True)

@@ -27,7 +27,8 @@ MUTED = "#6b7785"
 GRID = "#e4e8ec"
 KEPT = "#2f6f9f"
 PRUNED = "#c8442b"
-PHASES = {"suppress": ("Suppression", "#8a6d3b"), "fit": ("Mask fitting", KEPT)}
+EXPOSED = "#b07a1e"
+PHASES = {"suppress": ("Suppression", EXPOSED), "fit": ("Mask fitting", KEPT)}
 BINS = 40
 SIZE = (5.2, 3.2)
 
@@ -66,25 +67,37 @@ def mask_histogram(result: DefenseResult) -> Figure:
 
 
 def accuracy_curve(result: DefenseResult) -> Figure:
-    """Accuracy on the clean set in percent against neurons pruned; the chosen cut is marked."""
+    """Clean accuracy and the exposure's success in percent against neurons pruned, with the cut."""
     figure, axes = _figure()
-    axes.plot(
-        [point.pruned for point in result.curve],
-        [point.accuracy for point in result.curve],
-        color=KEPT,
-        linewidth=1.8,
-        marker="o" if len(result.curve) <= BINS else None,
-        markersize=3,
-    )
-    cut = result.cut
-    axes.axvline(cut.pruned, color=PRUNED, linewidth=1, linestyle=(0, (4, 3)))
-    axes.plot(cut.pruned, cut.accuracy, "o", color=PRUNED, markersize=7, markeredgecolor="white")
+    draw_cut(axes, result)
     axes.set_ylim(-3, 103)
-    label = f"Cut: {cut.pruned:,} pruned, {cut.accuracy:.1f} %"
-    axes.set_title(label, loc="left", color=PRUNED, fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
-    axes.set(xlabel="Neurons pruned, lowest mask first", ylabel="Clean accuracy (%)")
+    axes.set(xlabel="Neurons pruned, lowest mask first", ylabel="Percent of clean images")
+    _legend(axes, ncols=3)
     return figure
+
+
+def draw_cut(axes: Axes, result: DefenseResult) -> None:
+    """Draw the two lines of a result's curve and the cut that was chosen."""
+    pruned = [point.pruned for point in result.curve]
+    for values, colour, label in (
+        ([point.accuracy for point in result.curve], KEPT, "Clean accuracy"),
+        ([point.exposed for point in result.curve], EXPOSED, "Exposure's success"),
+    ):
+        axes.plot(
+            pruned,
+            values,
+            color=colour,
+            linewidth=1.8,
+            marker="o" if len(pruned) <= BINS else None,
+            markersize=3,
+            label=label,
+        )
+    cut = result.cut
+    label = f"Cut: {cut.pruned:,}" if cut.pruned else "Nothing cut"
+    axes.plot([cut.pruned] * 2, [0, 100], color=PRUNED, linewidth=1, dashes=(4, 3), label=label)
+    for value, colour in ((cut.accuracy, KEPT), (cut.exposed, EXPOSED)):
+        axes.plot(cut.pruned, value, "o", color=colour, markersize=7, markeredgecolor="white")
 
 
 def magnitude_saliency(result: DefenseResult) -> Figure:
@@ -187,7 +200,7 @@ def style_axes(axes: Axes) -> None:
         label.set(color=MUTED, fontsize=9.5)
 
 
-def _legend(axes: Axes) -> None:
+def _legend(axes: Axes, ncols: int = 2) -> None:
     # Above the axes, where it covers no data.
     axes.legend(
         frameon=False,
@@ -195,7 +208,7 @@ def _legend(axes: Axes) -> None:
         labelcolor=INK,
         loc="lower left",
         bbox_to_anchor=(0, 1),
-        ncols=2,
+        ncols=ncols,
         borderaxespad=0.2,
         handletextpad=0.5,
     )

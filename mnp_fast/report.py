@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 SECTIONS: tuple[tuple[str, str, Callable[[DefenseResult], Figure]], ...] = (
     (
-        "Clean accuracy against neurons pruned",
-        "Neurons go in the order of their fitted masks, lowest first. The dashed line is the cut "
-        "that was chosen.",
+        "Clean accuracy and exposure against neurons pruned",
+        "Neurons go in the order of their fitted masks, lowest first. The exposure succeeds on an "
+        "image that it sends to the suspect class. The dashed line is the cut that was chosen.",
         plots.accuracy_curve,
     ),
     (
@@ -51,7 +51,13 @@ SECTIONS: tuple[tuple[str, str, Callable[[DefenseResult], Figure]], ...] = (
         plots.objective_history,
     ),
 )
-PHASE_NAMES = {"suppress": "Suppression", "fit": "Mask fitting", "select": "Choice of the cut"}
+PHASE_NAMES = {
+    "train": "Training",
+    "suppress": "Suppression",
+    "expose": "Exposure",
+    "fit": "Mask fitting",
+    "select": "Choice of the cut",
+}
 _ID = re.compile(r'(\bid="|href="#|url\(#)')
 
 
@@ -142,6 +148,7 @@ def render_page(result: DefenseResult, content: dict[str, Any]) -> str:
         content=content,
         attack=_attack_rows(content),
         summary=_summary_rows(result),
+        nothing_cut=result.cut.pruned == 0,
         layers=_layer_rows(result),
         sections=[
             {"title": heading, "note": note, "svg": _svg(draw(result), index)}
@@ -175,18 +182,20 @@ def _attack_rows(content: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {"name": name, "before": before[key], "after": after[key]}
         for key, name in names
-        if key in before and key in after
+        if before.get(key) is not None and after.get(key) is not None
     ]
 
 
 def _summary_rows(result: DefenseResult) -> list[tuple[str, str]]:
     total = sum(len(layer.mask) for layer in result.neurons.values())
     share = 100 * len(result.pruned) / max(total, 1)
-    rows = []
+    rows = [("Suspect class", str(result.target))]
+    points = [("at the cut", result.cut)]
     if result.curve and result.curve[0].pruned == 0:
-        rows.append(("Clean accuracy before the cut", f"{_number(result.curve[0].accuracy)} %"))
+        points.insert(0, ("before the cut", result.curve[0]))
+    rows += [(f"Exposure's success {when}", f"{_number(at.exposed)} %") for when, at in points]
+    rows += [(f"Clean accuracy {when}", f"{_number(at.accuracy)} %") for when, at in points]
     rows += [
-        ("Clean accuracy at the cut", f"{_number(result.cut.accuracy)} %"),
         ("Clean loss at the cut", f"{result.cut.loss:.4g} nats"),
         ("Neurons pruned", f"{len(result.pruned):,} of {total:,} ({share:.1f} %)"),
     ]

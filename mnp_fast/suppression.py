@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,14 @@ def suppress(
     ------
     tuple of float
         Accuracy in percent and loss in nats on the clean set after the epoch.
+
+    Raises
+    ------
+    ValueError
+        The learning rate is so large that the loss is not finite.
     """
+    if start and evaluate(model.eval(), data)[0] <= config.suppress_accuracy:
+        return  # interrupted after the last epoch
     parameters = list(model.parameters())
     optimizer = torch.optim.SGD(
         parameters, lr=config.suppress_lr, weight_decay=2 * config.suppress_decay
@@ -59,10 +67,12 @@ def suppress(
                 model.train()
                 optimizer.zero_grad()
                 (-F.cross_entropy(model(images), labels)).backward()
-                nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM, error_if_nonfinite=True)
+                nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
                 optimizer.step()
                 model.eval()
                 accuracy, loss = evaluate(model, data)
+                if not math.isfinite(loss):
+                    raise ValueError(f"suppress_lr {config.suppress_lr} is too large: loss {loss}")
                 if accuracy <= config.suppress_accuracy:
                     break
         yield accuracy, loss
@@ -70,12 +80,12 @@ def suppress(
             return
 
 
-def favoured_class(suppressed: nn.Module, data: CleanSet) -> int:
-    """The class that a suppressed network gives most to images of other classes.
+def favoured_classes(suppressed: nn.Module, data: CleanSet) -> list[int]:
+    """All classes, first those that a suppressed network gives most to images of other classes.
 
-    By mean softmax; in a backdoored network it is the attacker's class as a rule.
+    By mean softmax; in a backdoored network the attacker's class is among the first as a rule.
     """
     probabilities = predict(suppressed, data.images).softmax(1)
     own = F.one_hot(data.labels, probabilities.shape[1]).bool()
     means = probabilities.masked_fill(own, 0).sum(0) / (~own).sum(0).clamp(min=1)
-    return int(means.argmax())
+    return means.argsort(descending=True, stable=True).tolist()

@@ -46,13 +46,14 @@ def make_result(layers: list[str], pruned: int = 3, width: int = 12) -> DefenseR
         for name, layer in neurons.items()
         for index in range(width)
     )
-    curve = [CutPoint(k, 99.0 - k, 0.1) for k in range(len(order))]
+    curve = [CutPoint(k, 99.0 - k, 0.1, 100.0 - k) for k in range(len(order))]
     return DefenseResult(
         model=torch.nn.Identity(),
         neurons=neurons,
         pruned=[PrunedNeuron(name, index, mask) for mask, name, index in order[:pruned]],
         curve=curve,
         cut=curve[pruned],
+        target=2,
         history=[
             EpochRecord("suppress", 1, -2.0, 20.0, 0.5),
             EpochRecord("fit", 1, 0.5, 90.0, 0.6),
@@ -102,6 +103,8 @@ def test_json_holds_summary_extra_version_and_time(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "out" / "report.json").read_text())
     for key, value in result.summary().items():
         assert content[key] == value
+    assert content["target"] == 2
+    assert content["cut"] == {"pruned": 3, "accuracy": 96.0, "loss": 0.1, "exposed": 97.0}
     assert content["command"] == ["demo"]
     assert content["asr"] == 1
     assert isinstance(content["mnp_fast"], str)

@@ -9,7 +9,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..plots import INK, KEPT, MUTED, PRUNED, style_axes
+from ..plots import INK, KEPT, MUTED, draw_cut, style_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,15 +75,26 @@ def _bars(axes: Axes, before: dict[str, float | None], after: dict[str, float | 
 
 def _curve(axes: Axes, result: DefenseResult) -> None:
     style_axes(axes)
-    axes.plot(
-        [point.pruned for point in result.curve],
-        [point.accuracy for point in result.curve],
-        color=KEPT,
-        linewidth=1.8,
-    )
-    axes.axvline(result.cut.pruned, color=PRUNED, linewidth=1, linestyle=(0, (4, 3)))
-    axes.plot(result.cut.pruned, result.cut.accuracy, "o", color=PRUNED)
-    axes.set_ylim(0, 104)
+    draw_cut(axes, result)
+    axes.set_ylim(-3, 116)
+    axes.set_yticks([0, 50, 100])
     axes.set_xlabel("neurons pruned, lowest mask first")
-    axes.set_ylabel("accuracy on the clean set (%)")
-    axes.set_title(f"The cut: {result.cut.pruned} neurons", loc="left", fontsize=10, color=INK)
+    axes.set_ylabel("percent of clean images")
+    axes.set_title(_verdict(result), loc="left", fontsize=10, color=INK)
+    lines = axes.get_lines()[:2]  # the title tells the cut
+    axes.legend(
+        handles=lines,
+        frameon=False,
+        fontsize=8,
+        ncols=2,
+        loc="upper right",
+        bbox_to_anchor=(1, 1.02),
+        handlelength=1.5,
+    )
+
+
+def _verdict(result: DefenseResult) -> str:
+    suspect = f"suspect class {result.target}"
+    if not result.cut.pruned:
+        return f"Nothing cut; {suspect}"
+    return f"The cut: {result.cut.pruned} neurons; {suspect}"

@@ -1,0 +1,166 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from mnp_fast import DefenseConfig
+from mnp_fast.data import CleanSet, evaluate
+from mnp_fast.seeds import SUPPRESS
+from mnp_fast.suppression import MAX_GRADIENT_NORM, favoured_classes, suppress
+
+from .trained import backdoored, stripes
+
+CLEAN = stripes(40, seed=2)
+
+
+def equal(model, other):
+    theirs = other.state_dict()
+    return all(torch.equal(v, theirs[k]) for k, v in model.state_dict().items())
+
+
+def test_ascent_lowers_the_accuracy_and_stops_at_the_threshold():
+    model = backdoored().eval()
+    assert evaluate(model, CLEAN)[0] > 95
+    config = DefenseConfig(suppress_lr=0.1, suppress_batch_size=16, suppress_accuracy=40)
+    accuracies = []
+    for accuracy, loss in suppress(model, CLEAN, config):
+        assert not any(module.training for module in model.modules())
+        assert (accuracy, loss) == evaluate(model, CLEAN)
+        accuracies.append(accuracy)
+    assert accuracies[-1] <= 40
+    assert min(accuracies[:-1]) > 40
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_steps_are_clipped_ascent_with_decay(decay, scale):
+    """In train mode: theta + lr * clip(dL/dtheta) - lr * 2 * mu * theta, batch by batch."""
+    model = backdoored().double().eval()
+    with torch.no_grad():
+        model[-1].weight *= scale
+    data = CleanSet(CLEAN.images.double(), CLEAN.labels)
+    config = DefenseConfig(
+        suppress_lr=0.05, suppress_decay=decay, suppress_batch_size=16, suppress_epochs=1,
+        suppress_accuracy=0, seed=5,
+    )  # fmt: skip
+    theirs = copy.deepcopy(model).train()
+    assert len(list(suppress(model, data, config))) == 1
+    lengths = []
+    for images, labels in data.batches(16, 5, SUPPRESS, 0):
+        parameters = list(theirs.parameters())
+        grads = torch.autograd.grad(F.cross_entropy(theirs(images), labels), parameters)
+        length = torch.cat([g.flatten() for g in grads]).norm()
+        lengths.append(length)
+        clip = min(1.0, MAX_GRADIENT_NORM / (length.item() + 1e-6))
+        with torch.no_grad():
+            for parameter, grad in zip(parameters, grads, strict=True):
+                parameter += 0.05 * clip * grad - 0.05 * 2 * decay * parameter
+    assert (max(lengths) > MAX_GRADIENT_NORM) == (scale > 1)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, theirs.state_dict()[name], rtol=1e-9, atol=1e-9)
+
+
+def test_stops_after_the_step_at_which_the_threshold_is_reached():
+    model = backdoored()
+    counter = model[1].num_batches_tracked
+    before = counter.item()
+    config = DefenseConfig(suppress_batch_size=4, suppress_lr=0.1, suppress_accuracy=100)
+    assert len(list(suppress(model, CLEAN, config))) == 1
+    assert counter.item() == before + 1
+
+
+def test_at_most_so_many_epochs():
+    config = DefenseConfig(suppress_epochs=3, suppress_accuracy=0, suppress_lr=1e-4)
+    assert len(list(suppress(backdoored(), CLEAN, config))) == 3
+    assert len(list(suppress(backdoored(), CLEAN, config, start=2))) == 1
+    assert list(suppress(backdoored(), CLEAN, config, start=3)) == []
+
+
+def with_dropout():
+    model = backdoored()
+    model.insert(2, nn.Dropout(0.3))
+    return model
+
+
+def test_repeatable_by_seed_alone():
+    config = DefenseConfig(suppress_batch_size=16, suppress_epochs=2, suppress_accuracy=0)
+
+    def suppressed(seed, other):
+        torch.manual_seed(other)
+        state = torch.get_rng_state()
+        model = with_dropout()
+        outcome = list(suppress(model, CLEAN, DefenseConfig(**{**vars(config), "seed": seed})))
+        assert torch.equal(state, torch.get_rng_state())
+        return model, outcome
+
+    (first, one), (second, two), (third, three) = (
+        suppressed(0, 1), suppressed(0, 2), suppressed(1, 1),
+    )  # fmt: skip
+    assert one == two
+    assert equal(first, second)
+    assert one != three
+    assert not equal(first, third)
+
+
+@pytest.mark.parametrize("start", [1, 2])
+def test_goes_on_from_any_epoch(start):
+    config = DefenseConfig(suppress_batch_size=16, suppress_epochs=3, suppress_accuracy=0)
+    whole = with_dropout()
+    expected = list(suppress(whole, CLEAN, config))
+    model = with_dropout()
+    stopped = suppress(model, CLEAN, config)
+    found = [next(stopped) for _ in range(start)]
+    stopped.close()
+    resumed = with_dropout()
+    resumed.load_state_dict(model.state_dict())
+    found += suppress(resumed.eval(), CLEAN, config, start)
+    assert found == expected
+    assert equal(resumed, whole)
+
+
+def test_does_not_go_on_from_the_threshold():
+    config = DefenseConfig(suppress_lr=0.1, suppress_accuracy=40)
+    model = backdoored().eval()
+    epochs = len(list(suppress(model, CLEAN, config)))
+    assert epochs < config.suppress_epochs
+    stopped = copy.deepcopy(model)
+    assert list(suppress(model, CLEAN, config, start=epochs)) == []
+    assert equal(model, stopped)
+
+
+def test_last_batch_of_one_image_is_skipped():
+    """Batch norm on one pixel cannot be trained with it."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 4))
+    nn.init.constant_(model[-1].bias[:1], 10)  # some stay right
+    data = stripes(9, seed=0)
+    config = DefenseConfig(suppress_batch_size=4, suppress_epochs=2, suppress_accuracy=0)
+    assert len(list(suppress(model, data, config))) == 2
+    assert model[1].num_batches_tracked == 4
+
+
+@pytest.mark.parametrize("threshold", [0, 100])
+def test_overflow_is_an_error(threshold):
+    config = DefenseConfig(suppress_lr=1e17, suppress_accuracy=threshold)
+    with pytest.raises(ValueError, match=r"suppress_lr 1e\+17 is too large: loss (nan|inf)"):
+        list(suppress(backdoored(), CLEAN, config))
+
+
+def test_favoured_classes_leave_out_own_images():
+    """The images are the logits. Class 0 has most of all, but 2 has most of other classes'."""
+    own = 50.0
+    images = torch.tensor(
+        [[own, 0, 0, 0], [own, 0, 0, 0], [own, 0, 0, 0], [0, 0, 4, 3], [0, 0, own, 0], [0, 0, 2, 3]]
+    )
+    labels = torch.tensor([0, 0, 0, 1, 2, 3])
+    assert favoured_classes(nn.Identity(), CleanSet(images, labels)) == [2, 3, 0, 1]
+    # A class without images of others has no say.
+    same = CleanSet(images[:3], labels[:3])
+    assert favoured_classes(nn.Identity(), same)[-1] == 0
+
+
+def test_favoured_classes_find_the_target():
+    model = backdoored().eval()
+    list(suppress(model, CLEAN, DefenseConfig(suppress_lr=0.1)))
+    assert favoured_classes(model, CLEAN)[0] == 0
