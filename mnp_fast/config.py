@@ -84,7 +84,7 @@ class DefenseConfig:
     fit_momentum: float = 0.9
     max_exposed: float = 10.0
     max_pruned: float = 0.02
-    max_drop: float = 5.0
+    max_drop: float = 3.0
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -295,7 +296,9 @@ def _copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _fingerprint(model: nn.Module, data: CleanSet, config: DefenseConfig) -> str:
     """Of all that a run's outcome depends on."""
-    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
+    modules = [(name, type(module).__qualname__) for name, module in model.named_modules()]
+    facts = [metadata.version("mnp_fast"), asdict(config), modules]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     tensors = {**model.state_dict(), "images": data.images, "labels": data.labels}
     for name, tensor in tensors.items():
         flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)

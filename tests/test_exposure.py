@@ -48,18 +48,21 @@ def inputs_of(exposure):
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-2.0, 3.0)])
-def test_search_reaches_the_target_by_the_margin(low, high):
-    data = pixels(low=low, high=high)
-    exposure = exposed(data=data, offset_decay=0.01)
+def test_search_reaches_the_target(low, high):
+    exposure = exposed(data=pixels(low=low, high=high), offset_decay=0.01)
     assert exposure.success() == 0
     size = exposure.start()
     assert exposure.success() == 100
-    others = data.images[data.labels != 1]
-    logits = exposure.model((others + exposure.first).clamp(low, high))
-    rivals = logits[:, [0, 2]].amax(1)
-    assert (logits[:, 1] - rivals).min() >= 0.9 * MARGIN
     assert size == pytest.approx(exposure.first.square().mean().item(), rel=1e-6)
     assert exposure.first[0, 1] > 0 > exposure.first[0, [0, 2]].max()
+
+
+def test_search_ends_at_the_margin():
+    exposure = exposed(offset_steps=300, offset_decay=1)
+    exposure.start()
+    logits = exposure.model((exposure.others + exposure.first).clamp(0, 1))
+    margins = logits[:, 1] - logits[:, [0, 2]].amax(1)
+    assert MARGIN <= margins.min() <= margins.max() <= 1.3 * MARGIN
 
 
 def test_search_finds_the_trigger_of_a_backdoor():

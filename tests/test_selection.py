@@ -128,12 +128,15 @@ def curve(*pairs):
 @pytest.mark.parametrize(
     ("pairs", "chosen"),
     [
-        (((90, 100), (89, 50), (88, 20), (87, 0)), 2),  # the first that stops it
-        (((90, 100), (80, 0), (86, 10), (90, 0)), 2),  # 80 costs too much
-        (((90, 100), (85, 20), (90, 0)), 1),  # both limits are included
+        (((90, 100), (89, 50), (88, 20), (87, 0)), 3),
+        (((90, 100), (88, 20), (84.9, 0)), 1),  # 84.9 costs too much
+        (((90, 100), (85, 20), (90, 20.1)), 1),  # both limits are included
         (((90, 100), (84.9, 20), (90, 20.1)), 0),  # nothing within them
-        (((90, 100), (91, 60), (91, 40)), 0),
-        (((90, 20), (90, 0)), 0),  # nothing to stop
+        (((90, 100), (90, 7), (86, 0)), 1),  # 4 points of accuracy are worth 8 of success
+        (((90, 100), (90, 9), (86, 0)), 2),
+        (((90, 100), (90, 8), (86, 0), (86, 0)), 1),  # of equals the smallest
+        (((90, 100), (92, 3), (90, 0)), 1),  # better accuracy counts
+        (((90, 0), (90, 0)), 0),
         (((90, 100),), 0),
     ],
 )
@@ -143,8 +146,8 @@ def test_choice(pairs, chosen):
 
 
 def test_choice_follows_the_settings():
-    points = curve((90, 100), (85, 40), (70, 10))
-    assert choose(points, DefenseConfig(max_exposed=40)).pruned == 2
+    points = curve((90, 100), (85, 40), (69, 10))
+    assert choose(points, DefenseConfig(max_exposed=40, max_drop=5)).pruned == 2
     assert choose(points, DefenseConfig(max_exposed=40, max_drop=4)).pruned == 0
-    assert choose(points, DefenseConfig(max_exposed=10, max_drop=20)).pruned == 4
-    assert choose(points, DefenseConfig(max_exposed=100)).pruned == 0
+    assert choose(points, DefenseConfig(max_exposed=40, max_drop=30)).pruned == 2
+    assert choose(points, DefenseConfig(max_exposed=39, max_drop=30)).pruned == 4
