@@ -168,11 +168,7 @@ def defend(
         io.save_weights(result.masks, out / "masks.safetensors")
         report = write_report(result, out, title=f"Defense of {model or exported}")
         resume_file.unlink(missing_ok=True)
-        total = sum(len(mask) for mask in result.masks.values())
-        console.print(
-            f"Pruned {len(result.pruned)} of {total} neurons; accuracy on the clean set is "
-            f"{result.cut.accuracy:.1f} % (before: {result.curve[0].accuracy:.1f} %)."
-        )
+        console.print(result.outcome())
         console.print(f"Weights, masks and report: {report.parent}", soft_wrap=True)
 
 

@@ -105,6 +105,20 @@ class DefenseResult:
         """The fitted masks, by name of the masked layer, before the cut."""
         return {name: layer.mask for name, layer in self.neurons.items()}
 
+    def outcome(self) -> str:
+        """What was pruned and what it cost on the clean set, in a sentence or two."""
+        total = sum(len(mask) for mask in self.masks.values())
+        if not self.pruned:
+            return (
+                f"None of {total:,} neurons pruned: no small set of them carries what was exposed "
+                f"(class {self.target})."
+            )
+        return (
+            f"{len(self.pruned):,} of {total:,} neurons pruned (suspect class {self.target}); "
+            f"accuracy on the clean set {self.curve[0].accuracy:.1f} % before, "
+            f"{self.cut.accuracy:.1f} % after."
+        )
+
     def summary(self) -> dict[str, Any]:
         """All but the tensors and the model, ready for JSON."""
         return {

@@ -106,8 +106,7 @@ def test_defend(files, tmp_path):
     assert report["config"] == {**vars(DefenseConfig()), **QUICK}
     assert len(report["pruned"]) == report["cut"]["pruned"] == len(outcome.pruned)
     text = text_of(result)
-    assert f"Pruned {len(outcome.pruned)} of 24 neurons; accuracy on the clean set is " in text
-    assert f"{outcome.cut.accuracy:.1f} % (before: {outcome.curve[0].accuracy:.1f} %)" in text
+    assert " ".join(outcome.outcome().split()) in " ".join(text.split())
     assert f"Weights, masks and report: {tmp_path / 'out'}" in text
     for phase in ("Suppressing", "Exposing", "Fitting", "Cutting"):
         assert phase in text

@@ -81,11 +81,14 @@ def test_masks_are_what_multiplying_weights_by_hand_gives():
     for site in ("neuron", "norm", "filter"):
         masked, by_hand = mnp_fast.wrap(network(), site), network()
         masks = mnp_fast.masks(masked)
-        assert list(masks) == {
-            "neuron": ["1", "4"],
-            "norm": ["1"],
-            "filter": ["0", "4"],
-        }[site]
+        assert (
+            list(masks)
+            == {
+                "neuron": ["1", "4"],
+                "norm": ["1"],
+                "filter": ["0", "4"],
+            }[site]
+        )
         first, *rest = masks.values()
         with torch.no_grad():
             first.copy_(m5)
@@ -139,9 +142,7 @@ def test_mask_gradients_are_those_of_folded_weights(name, site, training):
 
 def test_pairs_follow_the_data_flow():
     masked = mnp_fast.wrap(PreActivation())
-    owners = {
-        name: masked.get_submodule(name).weight_owner for name in mnp_fast.masks(masked)
-    }
+    owners = {name: masked.get_submodule(name).weight_owner for name in mnp_fast.masks(masked)}
     assert owners == {"bn1": "", "bn2": "conv1", "stem": "", "conv2": ""}
 
 

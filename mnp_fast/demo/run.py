@@ -142,8 +142,8 @@ def _show(
         if before[key] is not None:
             table.add_row(name, f"{before[key]:.1f} %", f"{after[key]:.1f} %")
     console.print(table)
-    total = sum(len(mask) for mask in result.masks.values())
+    console.print(result.outcome())
     times = ", ".join(f"{name} {value:.1f} s" for name, value in result.seconds.items())
-    console.print(f"{len(result.pruned)} of {total} neurons pruned. {times}.")
+    console.print(f"Time: {times}.")
     console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
     console.print(f"Figure: {out / 'demo.png'}", soft_wrap=True)

@@ -82,7 +82,7 @@ def _import(location: str, spec: str) -> ModuleType:
     try:
         if location.endswith(".py"):
             return _import_file(Path(location))
-        return importlib.import_module(location)
+        return _import_module(location)
     except FileNotFoundError:
         raise
     except Exception as error:
@@ -90,6 +90,18 @@ def _import(location: str, spec: str) -> ModuleType:
             f"model spec '{spec}': '{location}' cannot be imported "
             f"({type(error).__name__}: {error}); allowed: {SPEC_FORMS}"
         ) from error
+
+
+def _import_module(name: str) -> ModuleType:
+    here = os.getcwd()  # installed commands, unlike `python -m`, leave it out
+    added = here not in sys.path
+    if added:
+        sys.path.insert(0, here)
+    try:
+        return importlib.import_module(name)
+    finally:
+        if added:
+            sys.path.remove(here)
 
 
 def _import_file(path: Path) -> ModuleType:

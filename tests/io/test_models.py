@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import operator
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -85,6 +86,19 @@ def test_build_model(tmp_path: Path, factories: Path, spec: str) -> None:
 def test_unusable_spec(tmp_path: Path, spec: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_model(spec, tmp_path / "weights.pth")
+
+
+def test_module_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "factory_in_this_folder.py").write_text(FACTORIES)
+    weights = tmp_path / "weights.pt"
+    torch.save(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).state_dict(), weights)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "sys.path", [entry for entry in sys.path if entry not in ("", str(tmp_path))]
+    )
+    before = list(sys.path)
+    assert isinstance(build_model("factory_in_this_folder:build", weights), nn.Sequential)
+    assert sys.path == before
 
 
 def test_missing_and_broken_factory_files(tmp_path: Path) -> None:

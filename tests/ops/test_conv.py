@@ -133,9 +133,7 @@ def test_opcheck(name, channels_last, keep_u, dtype):
     inputs = conv_inputs(conv, dtype)
     if channels_last:
         inputs["x"] = inputs["x"].to(memory_format=torch.channels_last)
-    inputs = {
-        k: v.requires_grad_(keep_u or k not in ("mask", "scale")) for k, v in inputs.items()
-    }
+    inputs = {k: v.requires_grad_(keep_u or k not in ("mask", "scale")) for k, v in inputs.items()}
     geometry = [list(v) if isinstance(v, tuple) else v for v in conv.geometry.values()]
     args = (*inputs.values(), *geometry, "relu", keep_u)
     torch.library.opcheck(torch.ops.mnp_fast.masked_conv2d.default, args)
@@ -306,8 +304,9 @@ def test_linear_matches_reference(shape, activation):
     )
     exact = require_grad(mine)
     y = masked_linear(**mine, activation=activation)
-    expected_in = {k: v[None] if k in ("x", "residual") and len(shape) == 1 else v
-                   for k, v in exact.items()}
+    expected_in = {
+        k: v[None] if k in ("x", "residual") and len(shape) == 1 else v for k, v in exact.items()
+    }
     expected = reference.masked_linear(**expected_in, activation=activation).reshape(y.shape)
     assert relative_error(y, expected) <= 1e-13
     grad = torch.randn_like(y)
