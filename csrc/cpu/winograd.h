@@ -10,9 +10,9 @@ constexpr int64_t kTileIn = 6, kTileOut = 4, kPositions = 36;
 // Rows that lie a multiple of 4 KiB apart would share cache sets.
 constexpr int64_t kSkew = 16;
 
-// Panels whose products are kept until they become outputs: 64 channels.
+// Panels whose products are kept until they become outputs: 32 channels.
 template <class T>
-constexpr int64_t kGroupPanels = (64 + Panels<T>::kWide - 1) / Panels<T>::kWide;
+constexpr int64_t kGroupPanels = (32 + Panels<T>::kWide - 1) / Panels<T>::kWide;
 
 template <class T>
 inline int64_t lanes_up(int64_t size) {
@@ -112,33 +112,50 @@ int64_t winograd_block(int64_t depth) {
   return budget > 2 * rows ? 2 * rows : rows;
 }
 
+// One panel of V vectors, whose weights are taps[d][q][V vectors].
+template <class T, int V>
+inline void pack_winograd_panel(const T* taps, int64_t depth, int64_t position, T* panel) {
+  constexpr int64_t L = VecOf<T>::lanes;
+  for (int64_t d = 0; d < depth; ++d, taps += 9 * V * L, panel += V * L)
+    for (int v = 0; v < V; ++v) {
+      Vec<T> w[9], half[18], whole[kTileIn];
+      for (int64_t q = 0; q < 9; ++q) w[q] = load<T>(taps + (q * V + v) * L);
+      for (int64_t j = 0; j < 3; ++j) transform_weight<T>(w + j, 3, half + j, 3);
+      for (int64_t i = 0; i < kTileIn; ++i) {
+        transform_weight<T>(half + 3 * i, 1, whole, 1);
+        for (int64_t j = 0; j < kTileIn; ++j)
+          store<T>(panel + (i * kTileIn + j) * position + v * L, whole[j]);
+      }
+    }
+}
+
 // Weight j, tap q, channel d is source[j * stride_j + q * stride_q + d * stride_d].
 template <class T>
 void winograd_pack(const T* source, int64_t stride_j, int64_t stride_q, int64_t stride_d,
                    bool rotated, int64_t depth, int64_t width, int64_t group, T* packed) {
-  constexpr int64_t L = VecOf<T>::lanes;
+  // Gathered some way ahead: a vector load right behind the scalar stores would wait for them.
+  constexpr int64_t kAhead = 16;
   const Panels<T> shape{width};
-  const int64_t first = group * kGroupPanels<T>;
+  const int64_t first = group * kGroupPanels<T>, position = group_position<T>(depth);
   const int64_t last = min(shape.count(), first + kGroupPanels<T>);
+  alignas(64) T taps[kAhead * 9 * Panels<T>::kWide];
   for (int64_t p = first; p < last; ++p) {
-    const int64_t lanes = shape.lanes(p);
+    const int64_t lanes = shape.lanes(p), used = shape.used(p);
+    const T* from = source + p * Panels<T>::kWide * stride_j;
     T* panel = packed + (p - first) * depth * Panels<T>::kWide;
-    for (int64_t d = 0; d < depth; ++d)
-      for (int64_t v = 0; v < lanes; v += L) {
-        const int64_t j0 = p * Panels<T>::kWide + v, used = min(L, width - j0);
-        Vec<T> w[9] = {}, half[18], whole[kPositions];
-        for (int64_t q = 0; q < 9; ++q) {
-          const T* from = source + j0 * stride_j + (rotated ? 8 - q : q) * stride_q + d * stride_d;
-          alignas(64) T lane[L] = {};
-          for (int64_t j = 0; j < used; ++j) lane[j] = from[j * stride_j];
-          w[q] = load<T>(lane);
+    for (int64_t d = 0; d < depth; d += kAhead) {
+      const int64_t count = min(kAhead, depth - d);
+      for (int64_t j = 0; j < lanes; ++j)
+        for (int64_t i = 0; i < count; ++i) {
+          const T* w = from + j * stride_j + (d + i) * stride_d;
+          for (int64_t q = 0; q < 9; ++q)
+            taps[(i * 9 + (rotated ? 8 - q : q)) * lanes + j] = j < used ? w[q * stride_q] : T(0);
         }
-        for (int64_t j = 0; j < 3; ++j) transform_weight<T>(w + j, 3, half + j, 3);
-        for (int64_t i = 0; i < kTileIn; ++i)
-          transform_weight<T>(half + 3 * i, 1, whole + kTileIn * i, 1);
-        for (int64_t q = 0; q < kPositions; ++q)
-          store<T>(panel + q * group_position<T>(depth) + d * lanes + v, whole[q]);
-      }
+      if (lanes == Panels<T>::kWide)
+        pack_winograd_panel<T, 2>(taps, count, position, panel + d * lanes);
+      else
+        pack_winograd_panel<T, 1>(taps, count, position, panel + d * lanes);
+    }
   }
 }
 
@@ -160,53 +177,81 @@ int64_t winograd_tiles(const Winograd<T>& a) {
   return a.batch * ((a.out_h + kTileOut - 1) / kTileOut) * ((a.out_w + kTileOut - 1) / kTileOut);
 }
 
+// One vector of channels, or the last `count` of them, of a tile whose 36 pixels are given.
+template <class T, bool Whole>
+inline void input_lane(const T* const* pixel, int64_t c, int64_t count, T* out, int64_t position) {
+  Vec<T> d[kTileIn], half[kPositions], whole[kTileIn];
+  for (int64_t j = 0; j < kTileIn; ++j) {
+    for (int64_t i = 0; i < kTileIn; ++i) {
+      const T* x = pixel[i * kTileIn + j] + c;
+      d[i] = Whole ? load<T>(x) : load_some<T>(x, count);
+    }
+    transform_input<T>(d, half + j, kTileIn);
+  }
+  for (int64_t i = 0; i < kTileIn; ++i) {
+    transform_input<T>(half + i * kTileIn, whole, 1);
+    for (int64_t j = 0; j < kTileIn; ++j) store<T>(out + (i * kTileIn + j) * position, whole[j]);
+  }
+}
+
+// The 36 pixels under a tile.
+template <class T>
+inline void tile_pixels(const Winograd<T>& a, int64_t tile, const T** pixel) {
+  const TileAt<T> at(a, tile);
+  for (int64_t i = 0; i < kTileIn; ++i)
+    for (int64_t j = 0; j < kTileIn; ++j) {
+      const T* x = under_tap(a.input, a.in_h, a.in_w, a.depth, at.n, at.h + i - a.padding_h,
+                             at.w + j - a.padding_w);
+      pixel[i * kTileIn + j] = x ? x : a.zeros;
+    }
+}
+
 // Inputs of tiles [begin, end), written from row `row` on of a buffer of `tiles` rows a position.
 template <class T>
 void winograd_input(const Winograd<T>& a, int64_t begin, int64_t end, T* inputs, int64_t row,
                     int64_t tiles) {
-  constexpr int64_t L = VecOf<T>::lanes;
+  constexpr int64_t L = VecOf<T>::lanes, kLine = 64 / sizeof(T);
   const int64_t stride = tile_stride<T>(a.depth), position = tiles * stride + kSkew;
+  const T* pixels[2][kPositions];
+  tile_pixels(a, begin, pixels[0]);
   for (int64_t tile = begin; tile < end; ++tile) {
-    const TileAt<T> at(a, tile);
-    const T* pixel[kPositions];
-    for (int64_t i = 0; i < kTileIn; ++i)
-      for (int64_t j = 0; j < kTileIn; ++j) {
-        const T* x = under_tap(a.input, a.in_h, a.in_w, a.depth, at.n, at.h + i - a.padding_h,
-                               at.w + j - a.padding_w);
-        pixel[i * kTileIn + j] = x ? x : a.zeros;
-      }
+    const T* const* pixel = pixels[(tile - begin) % 2];
+    const T** next = pixels[(tile - begin + 1) % 2];
+    tile_pixels(a, min(tile + 1, end - 1), next);
     T* out = inputs + (row + tile - begin) * stride;
-    for (int64_t c = 0; c < a.depth; c += L) {
-      Vec<T> d[kTileIn], half[kPositions], whole[kTileIn];
-      const int64_t count = a.depth - c;
-      for (int64_t j = 0; j < kTileIn; ++j) {
-        for (int64_t i = 0; i < kTileIn; ++i)
-          d[i] = load_some<T>(pixel[i * kTileIn + j] + c, count);
-        transform_input<T>(d, half + j, kTileIn);
-      }
-      for (int64_t i = 0; i < kTileIn; ++i) {
-        transform_input<T>(half + i * kTileIn, whole, 1);
-        for (int64_t j = 0; j < kTileIn; ++j)
-          store<T>(out + (i * kTileIn + j) * position + c, whole[j]);
-      }
+    int64_t c = 0;
+    for (; c + L <= a.depth; c += L) {
+      if (c % kLine == 0)
+        for (int64_t q = 0; q < kPositions; ++q)
+          if (q % kTileIn >= 2) __builtin_prefetch(next[q] + c);
+      input_lane<T, true>(pixel, c, L, out + c, position);
     }
+    if (c < a.depth) input_lane<T, false>(pixel, c, a.depth - c, out + c, position);
   }
 }
 
 // out[i][:] = sum over d of rows[i][d] * panel[d][:], for R rows and V vectors.
+// Not inlined: its pointers are to stay in registers.
 template <class T, int R, int V>
-inline void product_tile(const T* rows, int64_t stride, int64_t depth, const T* panel, T* out,
-                         int64_t out_stride) {
+[[gnu::noinline]] void product_tile(const T* rows, int64_t stride, int64_t depth, const T* panel,
+                                    T* out, int64_t out_stride) {
   constexpr int L = VecOf<T>::lanes;
-  Vec<T> acc[R][V] = {};
-  const T* r[R];
-  for (int i = 0; i < R; ++i) r[i] = rows + i * stride;
+  Vec<T> acc[R][V];
+  for (int i = 0; i < R; ++i)
+    for (int v = 0; v < V; ++v) acc[i][v] = Vec<T>{};
+  // Three rows a pointer: x86 addresses at base, base + stride and base + 2 * stride.
+  const T* base[(R + 2) / 3];
+  for (int i = 0; i < R; i += 3) base[i / 3] = rows + i * stride;
+#pragma GCC unroll 4
   for (int64_t d = 0; d < depth; ++d) {
     Vec<T> b[V];
     for (int v = 0; v < V; ++v) b[v] = load<T>(panel + v * L);
     panel += V * L;
-    for (int i = 0; i < R; ++i)
-      for (int v = 0; v < V; ++v) acc[i][v] += b[v] * r[i][d];
+    for (int i = 0; i < R; ++i) {
+      const T x = base[i / 3][i % 3 * stride];
+      for (int v = 0; v < V; ++v) acc[i][v] += b[v] * x;
+    }
+    for (int i = 0; i < R; i += 3) ++base[i / 3];
   }
   for (int i = 0; i < R; ++i)
     for (int v = 0; v < V; ++v) store<T>(out + i * out_stride + v * L, acc[i][v]);
