@@ -19,6 +19,14 @@ from ._common import (
     wants_grad,
 )
 
+ALGORITHMS = ("auto", "direct", "winograd4")
+
+
+def allows_winograd(layer: torch.nn.Conv2d) -> bool:
+    """Whether `"winograd4"` can compute a convolution."""
+    unit = all(tuple(v) == (1, 1) for v in (layer.stride, layer.dilation))
+    return unit and layer.kernel_size == (3, 3) and layer.groups == 1
+
 
 def masked_conv2d(
     x: Tensor,
@@ -316,10 +324,10 @@ def _backward_default(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, mask, scale, shift, bias, _residual, *geometry, activation, keep_u, algorithm = inputs
+    x, weight, mask, scale, shift, bias, _residual, *geometry, activation, keep_u = inputs[:-1]
     y, u = output
     ctx.mark_non_differentiable(u)
-    ctx.geometry, ctx.algorithm = geometry, algorithm
+    ctx.geometry, ctx.algorithm = geometry, inputs[-1]
     ctx.relu, ctx.keep_u = activation == "relu", keep_u
     ctx.save_for_backward(
         x,
