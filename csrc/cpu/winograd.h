@@ -246,6 +246,9 @@ template <class T, int R, int V>
   for (int64_t d = 0; d < depth; ++d) {
     Vec<T> b[V];
     for (int v = 0; v < V; ++v) b[v] = load<T>(panel + v * L);
+    // The next panel, which lies behind this one.
+    for (int v = 0; v < V * L * int(sizeof(T)); v += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(panel + depth * V * L) + v, 0, 2);
     panel += V * L;
     for (int i = 0; i < R; ++i) {
       const T x = base[i / 3][i % 3 * stride];
