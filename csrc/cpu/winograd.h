@@ -148,6 +148,7 @@ void winograd_pack(const T* source, int64_t stride_j, int64_t stride_q, int64_t 
       for (int64_t j = 0; j < lanes; ++j)
         for (int64_t i = 0; i < count; ++i) {
           const T* w = from + j * stride_j + (d + i) * stride_d;
+          __builtin_prefetch(w + kAhead * stride_d);
           for (int64_t q = 0; q < 9; ++q)
             taps[(i * 9 + (rotated ? 8 - q : q)) * lanes + j] = j < used ? w[q * stride_q] : T(0);
         }
