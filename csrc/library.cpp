@@ -10,11 +10,12 @@ STABLE_TORCH_LIBRARY(mnp_fast, m) {
   m.def(
       "masked_conv2d(Tensor x, Tensor weight, Tensor? mask, Tensor? scale, Tensor? shift, "
       "Tensor? bias, Tensor? residual, int[2] stride, int[2] padding, int[2] dilation, int groups, "
-      "str activation, bool keep_u) -> (Tensor y, Tensor u)");
+      "str activation, bool keep_u, str algorithm=\"auto\") -> (Tensor y, Tensor u)");
   m.def(
       "masked_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor? y, Tensor? u, "
       "Tensor? mask, Tensor? scale, Tensor? shift, int[2] stride, int[2] padding, int[2] dilation, "
-      "int groups, bool need_x, bool need_weight, bool need_residual, bool need_sums) "
+      "int groups, bool need_x, bool need_weight, bool need_residual, bool need_sums, str "
+      "algorithm=\"auto\") "
       "-> (Tensor x, Tensor weight, Tensor residual, Tensor sums)");
   m.def(
       "masked_affine(Tensor x, Tensor? mask, Tensor? scale, Tensor? shift, Tensor? bias, "

@@ -144,13 +144,24 @@ class MaskedConv2d(_MaskedWeights, nn.Conv2d):
         As `torch.nn.Conv2d`.
     site
         `"neuron"` or `"filter"`.
+    algorithm
+        As in `mnp_fast.ops.masked_conv2d`. It is not stored in the `state_dict`.
     """
 
     plain = nn.Conv2d
+    algorithm: str = "auto"
 
-    def __init__(self, *args: Any, site: str = "neuron", **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, site: str = "neuron", algorithm: str = "auto", **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._add_mask(site)
+        self.algorithm = algorithm
+
+    def release(self) -> nn.Module:
+        """Fold the mask into the weights and become the plain class again, in place."""
+        self.__dict__.pop("algorithm", None)
+        return super().release()
 
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() == 3:
@@ -169,6 +180,7 @@ class MaskedConv2d(_MaskedWeights, nn.Conv2d):
             padding=padding,
             dilation=self.dilation,
             groups=self.groups,
+            algorithm=self.algorithm,
         )
 
 

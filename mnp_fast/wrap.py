@@ -9,6 +9,7 @@ from torch import nn
 
 from .dataflow import WEIGHTED, data_flow
 from .layers import MaskedBatchNorm2d, MaskedConv2d, MaskedLayer, MaskedLinear
+from .ops.conv import ALGORITHMS, allows_winograd
 
 SITES = ("auto", "neuron", "norm", "filter")
 _MASKED: dict[type[nn.Module], type[MaskedLayer]] = {
@@ -17,7 +18,11 @@ _MASKED: dict[type[nn.Module], type[MaskedLayer]] = {
 
 
 def wrap(
-    model: nn.Module, site: str = "auto", *, example_inputs: tuple[Any, ...] | None = None
+    model: nn.Module,
+    site: str = "auto",
+    *,
+    example_inputs: tuple[Any, ...] | None = None,
+    algorithm: str = "auto",
 ) -> nn.Module:
     """A copy of the model with a mask for every neuron; outputs are equal while all masks are 1.
 
@@ -36,6 +41,9 @@ def wrap(
         batch norm, and `"neuron"` on the layers that no batch norm follows.
     example_inputs
         Inputs to run the model on, needed only where it cannot be traced symbolically.
+    algorithm
+        What the masked convolutions compute with, as in `mnp_fast.ops.masked_conv2d`;
+        `"winograd4"` where a convolution allows it, else `"auto"`.
 
     Returns
     -------
@@ -47,12 +55,15 @@ def wrap(
     TypeError
         `model` is not a module.
     ValueError
-        Unknown site, a model that is wrapped already, has nothing to mask, or cannot be traced.
+        Unknown site or algorithm, a model that is wrapped already, has nothing to mask, or cannot
+        be traced.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if site not in SITES:
         raise ValueError(f"site must be one of {SITES}, not {site!r}")
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm must be one of {ALGORITHMS}, not {algorithm!r}")
     if any(isinstance(module, MaskedLayer) for module in model.modules()):
         raise ValueError("model is wrapped already")
     masked = copy.deepcopy(model)
@@ -71,6 +82,10 @@ def wrap(
         if chosen is not None:
             layer = _MASKED[type(module)].adopt(module, chosen)
             layer.weight_owner = flow.norm_inputs.get(name, "")
+            if isinstance(layer, MaskedConv2d) and (
+                algorithm != "winograd4" or allows_winograd(layer)
+            ):
+                layer.algorithm = algorithm
     if not masks(masked):
         kinds = ", ".join(cls.__name__ for cls in _MASKED)
         raise ValueError(

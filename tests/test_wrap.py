@@ -312,3 +312,23 @@ def test_memory_format_of_the_model_is_kept(layout):
     assert relative_error(masked(x.contiguous(memory_format=layout)), model(x)) <= 1e-5
     y = masked.bn1(masked.conv1(x.contiguous(memory_format=layout)))
     assert y.is_contiguous(memory_format=layout)
+
+
+def test_algorithm_reaches_the_convolutions_that_allow_it():
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, 2), nn.Conv2d(16, 8, 1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(8 * 3 * 3, 2),
+    )  # fmt: skip
+    masked = mnp_fast.wrap(model, algorithm="winograd4")
+    assert [masked[i].algorithm for i in range(3)] == ["winograd4", "auto", "auto"]
+    x = torch.randn(2, 3, 8, 8)
+    assert relative_error(masked(x), model(x)) <= 1e-5
+    assert [mnp_fast.wrap(model, algorithm="direct")[i].algorithm for i in range(3)] == [
+        "direct"
+    ] * 3
+    assert mnp_fast.wrap(model)[0].algorithm == "auto"
+    plain = mnp_fast.unwrap(masked)
+    assert not hasattr(plain[0], "algorithm")
+    assert relative_error(plain(x), masked(x)) <= 1e-5
+    with pytest.raises(ValueError, match="algorithm must be one of"):
+        mnp_fast.wrap(model, algorithm="fft")

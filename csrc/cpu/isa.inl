@@ -15,6 +15,8 @@ struct VecOf {
   typedef T unaligned __attribute__((vector_size(MNP_VEC_BYTES), aligned(alignof(T)), may_alias));
   static constexpr int lanes = MNP_VEC_BYTES / sizeof(T);
 };
+template <class T>
+using Vec = typename VecOf<T>::type;
 
 template <class T>
 inline typename VecOf<T>::type load(const T* p) {
@@ -42,12 +44,21 @@ inline double sqrt(double x) { return __builtin_sqrt(x); }
 
 #include "gemm.h"
 #include "neurons.h"
+#include "winograd.h"
 
 template <class T>
 constexpr Kernels<T> make_kernels() {
-  return {panels_size<T>,       pack_panels<T>,         gather_scratch, gather_gemm<T>,
-          weight_grad_units<T>, weight_grad_scratch<T>, weight_grad<T>, kRows,
-          epilogue_forward<T>,  epilogue_grad<T>,       magnitude<T>,   mask_update<T>};
+  return {panels_size<T>,         pack_panels<T>,
+          gather_scratch,         gather_gemm<T>,
+          weight_grad_units<T>,   weight_grad_scratch<T>,
+          weight_grad<T>,         kRows,
+          epilogue_forward<T>,    epilogue_grad<T>,
+          magnitude<T>,           mask_update<T>,
+          winograd_block<T>,      winograd_groups<T>,
+          winograd_group_size<T>, winograd_pack<T>,
+          winograd_tiles<T>,      winograd_input_size<T>,
+          winograd_input<T>,      winograd_product_size<T>,
+          winograd_output<T>};
 }
 
 }  // namespace

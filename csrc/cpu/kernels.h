@@ -45,6 +45,18 @@ struct GatherGemm {
   const Epilogue<T>* epilogue;         // null: the product itself
 };
 
+// A 3x3 convolution with stride 1 as Winograd's F(4x4, 3x3), in tiles of 4x4 outputs.
+template <class T>
+struct Winograd {
+  const T* input;  // NHWC, depth channels
+  int64_t batch, in_h, in_w, depth;
+  int64_t padding_h, padding_w;  // may be negative: rows and columns that are not read
+  const T* zeros;                // depth zeros, read where a tile reaches outside the input
+  T* output;                     // NHWC, width channels
+  int64_t out_h, out_w, width;
+  const Epilogue<T>* epilogue;  // null: the convolution itself
+};
+
 // dW[k][d][tap] = sum over output pixels of grad[p][k] * x[p at tap][d].
 template <class T>
 struct WeightGrad {
@@ -124,6 +136,26 @@ struct Kernels {
   void (*magnitude)(const T* weight, int64_t size, Norm norm, T* out, int64_t begin, int64_t end);
   // Elements [begin, end).
   void (*mask_update)(const MaskUpdate<T>&, int64_t begin, int64_t end);
+  // Tiles to transform and multiply together, so that they stay in cache.
+  int64_t (*winograd_block)(int64_t depth);
+  // Output channels are multiplied in groups; elements of one group's packed weights.
+  int64_t (*winograd_groups)(int64_t width);
+  int64_t (*winograd_group_size)(int64_t depth);
+  // Weight j, tap q, channel d is source[j * stride_j + q * stride_q + d * stride_d], or with
+  // tap 8 - q where `rotated`.
+  void (*winograd_pack)(const T* source, int64_t stride_j, int64_t stride_q, int64_t stride_d,
+                        bool rotated, int64_t depth, int64_t width, int64_t group, T* packed);
+  int64_t (*winograd_tiles)(const Winograd<T>&);
+  // Elements of the transformed inputs of so many tiles.
+  int64_t (*winograd_input_size)(int64_t depth, int64_t tiles);
+  // Transforms tiles [begin, end) into rows [row, ...) of a buffer for `tiles` tiles.
+  void (*winograd_input)(const Winograd<T>&, int64_t begin, int64_t end, T* inputs, int64_t row,
+                         int64_t tiles);
+  // Elements of scratch for the products of so many tiles.
+  int64_t (*winograd_product_size)(int64_t tiles);
+  // Writes one group's outputs of tiles [begin, end), whose inputs are at rows [row, ...).
+  void (*winograd_output)(const Winograd<T>&, int64_t begin, int64_t end, const T* inputs,
+                          int64_t row, int64_t tiles, int64_t group, const T* packed, T* products);
 };
 
 struct KernelTable {

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <memory>
+#include <new>
 
 #include "ops.h"
 
@@ -84,6 +85,93 @@ std::unique_ptr<T[]> buffer(int64_t size) {
   return std::unique_ptr<T[]>(new T[std::max<int64_t>(1, size)]);
 }
 
+// Whether Winograd's F(4x4, 3x3) is to compute an image of rows x cols. Measured with one thread on
+// AVX2: from 16 channels, 8 tiles and 10 outputs a tile on it is 1.0 to 2.5 times as fast.
+bool use_winograd(const char* op, const Conv& conv, const std::string& algorithm, ScalarType type,
+                  int64_t rows, int64_t cols) {
+  MNP_CHECK(algorithm == "auto" || algorithm == "direct" || algorithm == "winograd4", op,
+            ": algorithm must be 'auto', 'direct' or 'winograd4', not '", algorithm, "'");
+  const auto both = [](const int64_t* v, int64_t value) { return v[0] == value && v[1] == value; };
+  const bool possible = conv.kh == 3 && conv.kw == 3 && both(conv.stride, 1) &&
+                        both(conv.dilation, 1) && conv.groups == 1;
+  MNP_CHECK(
+      possible || algorithm != "winograd4", op,
+      ": algorithm 'winograd4' needs a 3x3 kernel with stride 1, dilation 1 and groups 1, not ",
+      conv.kh, "x", conv.kw, ", stride ", conv.stride[0], "x", conv.stride[1], ", dilation ",
+      conv.dilation[0], "x", conv.dilation[1], " and groups ", conv.groups);
+  if (algorithm != "auto") return algorithm == "winograd4";
+  const int64_t tiles = conv.n * ((rows + 3) / 4) * ((cols + 3) / 4);
+  return possible && type == ScalarType::Float && conv.c >= 16 && conv.k >= 16 && tiles >= 8 &&
+         conv.n * rows * cols >= 10 * tiles;
+}
+
+// Uninitialized and aligned to cache lines.
+template <class T>
+class Workspace {
+ public:
+  explicit Workspace(int64_t size)
+      : data_(static_cast<T*>(::operator new(size * sizeof(T), kLine))) {}
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  ~Workspace() { ::operator delete(data_, kLine); }
+  T* get() const { return data_; }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  T* data_;
+};
+
+// Runs `a` with the convolution's weights, for a gradient of the input turned and transposed.
+template <class T>
+void run_winograd(cpu::Winograd<T>& a, const Tensor& weight, bool transposed) {
+  const auto& kernels = cpu::kernels_of<T>();
+  const std::unique_ptr<T[]> zeros(new T[a.depth]());
+  a.zeros = zeros.get();
+  const int64_t tiles = kernels.winograd_tiles(a), groups = kernels.winograd_groups(a.width);
+  if (tiles == 0) return;
+  const int64_t group_size = kernels.winograd_group_size(a.depth);
+  const auto pack = [&](int64_t group, T* packed) {
+    kernels.winograd_pack(data<T>(weight), weight.stride(transposed), weight.stride(3),
+                          weight.stride(!transposed), transposed, a.depth, a.width, group, packed);
+  };
+  const int64_t block = std::min(tiles, kernels.winograd_block(a.depth));
+  const int64_t blocks = (tiles + block - 1) / block;
+  const int64_t tile_cost = 36 * a.depth * a.width;
+  const int64_t products = kernels.winograd_product_size(block);
+  if (tiles <= a.width) {
+    // Fewer inputs than weights: those are kept, and each group's weights are packed where used.
+    const Workspace<T> inputs(kernels.winograd_input_size(a.depth, tiles));
+    torch::stable::parallel_for(0, tiles, grain(36 * a.depth), [&](int64_t begin, int64_t end) {
+      kernels.winograd_input(a, begin, end, inputs.get(), begin, tiles);
+    });
+    torch::stable::parallel_for(
+        0, groups, grain(tile_cost * tiles / groups), [&](int64_t begin, int64_t end) {
+          const Workspace<T> packed(group_size), scratch(products);
+          for (int64_t g = begin; g < end; ++g) {
+            pack(g, packed.get());
+            for (int64_t t = 0; t < tiles; t += block)
+              kernels.winograd_output(a, t, std::min(tiles, t + block), inputs.get(), t, tiles, g,
+                                      packed.get(), scratch.get());
+          }
+        });
+    return;
+  }
+  const Workspace<T> packed(groups * group_size);
+  torch::stable::parallel_for(0, groups, grain(100 * a.depth), [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g) pack(g, packed.get() + g * group_size);
+  });
+  torch::stable::parallel_for(0, blocks, grain(tile_cost * block), [&](int64_t begin, int64_t end) {
+    const Workspace<T> inputs(kernels.winograd_input_size(a.depth, block)), scratch(products);
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t first = b * block, last = std::min(tiles, first + block);
+      kernels.winograd_input(a, first, last, inputs.get(), 0, block);
+      for (int64_t g = 0; g < groups; ++g)
+        kernels.winograd_output(a, first, last, inputs.get(), 0, block, g,
+                                packed.get() + g * group_size, scratch.get());
+    }
+  });
+}
+
 // Packs the weights of all groups; `transposed` swaps the roles of input and output channels.
 template <class T>
 std::unique_ptr<T[]> pack(const Conv& conv, const Tensor& weight, const Taps& taps,
@@ -144,6 +232,18 @@ void input_grad(const Conv& conv, const Tensor& weight, const T* g, T* dx) {
     }
 }
 
+// The gradient of the input is a convolution with the weights turned by 180 degrees.
+template <class T>
+void winograd_input_grad(const Conv& conv, const Tensor& weight, const T* g, T* dx) {
+  cpu::Winograd<T> a{};
+  a.input = g;
+  a.batch = conv.n, a.in_h = conv.oh, a.in_w = conv.ow, a.depth = conv.k;
+  a.padding_h = 2 - conv.padding[0], a.padding_w = 2 - conv.padding[1];
+  a.output = dx;
+  a.out_h = conv.h, a.out_w = conv.w, a.width = conv.c;
+  run_winograd(a, weight, true);
+}
+
 template <class T>
 void weight_grad(const Conv& conv, const T* g, const T* x, T* dw) {
   const auto& kernels = cpu::kernels_of<T>();
@@ -186,7 +286,8 @@ std::tuple<Tensor, Tensor> masked_conv2d(const Tensor& x, const Tensor& weight,
                                          const MaybeTensor& shift, const MaybeTensor& bias,
                                          const MaybeTensor& residual, const Ints& stride,
                                          const Ints& padding, const Ints& dilation, int64_t groups,
-                                         const std::string& activation, bool keep_u) {
+                                         const std::string& activation, bool keep_u,
+                                         const std::string& algorithm) {
   const char* op = "masked_conv2d";
   const ScalarType type = compute_type(op, x);
   const Conv conv(op, x, weight, stride, padding, dilation, groups);
@@ -195,6 +296,7 @@ std::tuple<Tensor, Tensor> masked_conv2d(const Tensor& x, const Tensor& weight,
   const Tensor c = neuron_vector(op, "shift", shift, conv.k, 0, x, type);
   const Tensor b = neuron_vector(op, "bias", bias, conv.k, 0, x, type);
   const bool relu = parse_activation(op, activation);
+  const bool winograd = use_winograd(op, conv, algorithm, type, conv.oh, conv.ow);
 
   const Ints sizes{conv.n, conv.k, conv.oh, conv.ow};
   Tensor y = empty(sizes, type, true);
@@ -213,8 +315,6 @@ std::tuple<Tensor, Tensor> masked_conv2d(const Tensor& x, const Tensor& weight,
   const Tensor kernel = even_taps(as_type(weight, type));
   with_type(type, [&](auto zero) {
     using T = decltype(zero);
-    const Taps taps = forward_taps(conv);
-    const auto panels = pack<T>(conv, kernel, taps, false);
     const cpu::Epilogue<T> epilogue{data<T>(m.values),
                                     m.stride,
                                     data<T>(a),
@@ -223,6 +323,19 @@ std::tuple<Tensor, Tensor> masked_conv2d(const Tensor& x, const Tensor& weight,
                                     data_or_null<T>(r),
                                     keep_u ? mutable_data<T>(u) : nullptr,
                                     relu};
+    if (winograd) {
+      cpu::Winograd<T> g{};
+      g.input = data<T>(input);
+      g.batch = conv.n, g.in_h = conv.h, g.in_w = conv.w, g.depth = conv.c;
+      g.padding_h = conv.padding[0], g.padding_w = conv.padding[1];
+      g.output = mutable_data<T>(y);
+      g.out_h = conv.oh, g.out_w = conv.ow, g.width = conv.k;
+      g.epilogue = &epilogue;
+      run_winograd(g, kernel, false);
+      return;
+    }
+    const Taps taps = forward_taps(conv);
+    const auto panels = pack<T>(conv, kernel, taps, false);
     cpu::GatherGemm<T> g{};
     g.input = data<T>(input);
     g.in_h = conv.h, g.in_w = conv.w, g.in_channels = conv.c;
@@ -242,13 +355,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
     const Tensor& grad, const Tensor& x, const Tensor& weight, const MaybeTensor& y,
     const MaybeTensor& u, const MaybeTensor& mask, const MaybeTensor& scale,
     const MaybeTensor& shift, const Ints& stride, const Ints& padding, const Ints& dilation,
-    int64_t groups, bool need_x, bool need_weight, bool need_residual, bool need_sums) {
+    int64_t groups, bool need_x, bool need_weight, bool need_residual, bool need_sums,
+    const std::string& algorithm) {
   const char* op = "masked_conv2d_backward";
   const ScalarType type = compute_type(op, x);
   const Conv conv(op, x, weight, stride, padding, dilation, groups);
   const Mask m(op, mask, conv.n, conv.k, x, type);
   const Tensor a = neuron_vector(op, "scale", scale, conv.k, 1, x, type);
   const Tensor c = neuron_vector(op, "shift", shift, conv.k, 0, x, type);
+  const bool winograd = use_winograd(op, conv, algorithm, type, conv.h, conv.w);
   MNP_CHECK(grad.dim() == 4 && grad.size(0) == conv.n && grad.size(1) == conv.k &&
                 grad.size(2) == conv.oh && grad.size(3) == conv.ow,
             op, ": grad must have the output's shape, not ", shape_of(grad));
@@ -283,7 +398,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
     e.g = g.get();
     e.sums = need_sums ? mutable_data<T>(sums) : nullptr;
     run_epilogue_grad(e);
-    if (need_x) input_grad(conv, even_taps(as_type(weight, type)), g.get(), mutable_data<T>(dx));
+    if (need_x) {
+      const Tensor kernel = even_taps(as_type(weight, type));
+      (winograd ? winograd_input_grad<T> : input_grad<T>)(conv, kernel, g.get(),
+                                                          mutable_data<T>(dx));
+    }
     if (need_weight) {
       const Tensor input = to_channels_last(x, type);
       weight_grad(conv, g.get(), data<T>(input), mutable_data<T>(dw));

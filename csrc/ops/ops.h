@@ -14,13 +14,15 @@ std::tuple<Tensor, Tensor> masked_conv2d(const Tensor& x, const Tensor& weight,
                                          const MaybeTensor& shift, const MaybeTensor& bias,
                                          const MaybeTensor& residual, const Ints& stride,
                                          const Ints& padding, const Ints& dilation, int64_t groups,
-                                         const std::string& activation, bool keep_u);
+                                         const std::string& activation, bool keep_u,
+                                         const std::string& algorithm);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
     const Tensor& grad, const Tensor& x, const Tensor& weight, const MaybeTensor& y,
     const MaybeTensor& u, const MaybeTensor& mask, const MaybeTensor& scale,
     const MaybeTensor& shift, const Ints& stride, const Ints& padding, const Ints& dilation,
-    int64_t groups, bool need_x, bool need_weight, bool need_residual, bool need_sums);
+    int64_t groups, bool need_x, bool need_weight, bool need_residual, bool need_sums,
+    const std::string& algorithm);
 
 Tensor masked_affine(const Tensor& x, const MaybeTensor& mask, const MaybeTensor& scale,
                      const MaybeTensor& shift, const MaybeTensor& bias, const MaybeTensor& residual,

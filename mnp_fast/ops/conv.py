@@ -19,6 +19,14 @@ from ._common import (
     wants_grad,
 )
 
+ALGORITHMS = ("auto", "direct", "winograd4")
+
+
+def allows_winograd(layer: torch.nn.Conv2d) -> bool:
+    """Whether `"winograd4"` can compute a convolution."""
+    unit = all(tuple(v) == (1, 1) for v in (layer.stride, layer.dilation))
+    return unit and layer.kernel_size == (3, 3) and layer.groups == 1
+
 
 def masked_conv2d(
     x: Tensor,
@@ -34,6 +42,7 @@ def masked_conv2d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     activation: str = "none",
+    algorithm: str = "auto",
 ) -> Tensor:
     """Convolution, per-neuron affine, mask, residual and activation as one operator.
 
@@ -60,6 +69,11 @@ def masked_conv2d(
         Number of channel groups.
     activation
         `"none"` or `"relu"`.
+    algorithm
+        `"direct"`, or `"winograd4"` (Winograd's F(4×4, 3×3), on the CPU and for a 3×3 kernel with
+        stride 1, dilation 1 and one group: several times faster, with relative errors near 1e-6
+        instead of 3e-7 in float32; an infinity becomes a NaN and reaches the outputs of its tile).
+        `"auto"` chooses by the shape, and the direct one in float64. Input gradients follow it.
 
     Returns
     -------
@@ -85,6 +99,7 @@ def masked_conv2d(
         groups,
         activation,
         wants_grad(mask, scale),
+        algorithm,
     )[0]
 
 
@@ -194,6 +209,7 @@ def _fake(
     groups: int,
     activation: str,
     keep_u: bool,
+    algorithm: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     sizes = _output_size(x, weight, stride, padding, dilation)
     dtype = compute_dtype(x.dtype)
@@ -218,6 +234,7 @@ def _default(
     groups: int,
     activation: str,
     keep_u: bool,
+    algorithm: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     u = F.conv2d(x, weight, None, stride, padding, dilation, groups)
     y = empty_like_layout(x, tuple(u.shape))
@@ -246,6 +263,7 @@ def _backward_fake(
     need_weight: bool,
     need_residual: bool,
     need_sums: bool,
+    algorithm: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     none = x.new_empty(0, dtype=compute_dtype(x.dtype))
     return (
@@ -274,6 +292,7 @@ def _backward_default(
     need_weight: bool,
     need_residual: bool,
     need_sums: bool,
+    algorithm: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = compute_dtype(x.dtype)
     none = x.new_empty(0, dtype=dtype)
@@ -305,10 +324,10 @@ def _backward_default(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, mask, scale, shift, bias, _residual, *geometry, activation, keep_u = inputs
+    x, weight, mask, scale, shift, bias, _residual, *geometry, activation, keep_u = inputs[:-1]
     y, u = output
     ctx.mark_non_differentiable(u)
-    ctx.geometry = geometry
+    ctx.geometry, ctx.algorithm = geometry, inputs[-1]
     ctx.relu, ctx.keep_u = activation == "relu", keep_u
     ctx.save_for_backward(
         x,
@@ -341,6 +360,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         need_weight,
         need_residual and ctx.relu,
         any(need_vectors),
+        ctx.algorithm,
     )
     vectors: list[Tensor | None] = [None] * 4
     if any(need_vectors):
@@ -351,7 +371,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         dw if need_weight else None,
         *vectors,
         residual,
-        *(None,) * 6,
+        *(None,) * 7,
     )
 
 

@@ -20,11 +20,11 @@ from .cases import (
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
-def compare(inputs, conv, activation, tolerance):
+def compare(inputs, conv, activation, tolerance, algorithm="auto"):
     """Output and every gradient against autograd through the reference in float64."""
     mine = require_grad(inputs)
     exact = require_grad({k: None if v is None else v.double() for k, v in inputs.items()})
-    y = masked_conv2d(**mine, **conv.geometry, activation=activation)
+    y = masked_conv2d(**mine, **conv.geometry, activation=activation, algorithm=algorithm)
     expected = reference.masked_conv2d(**exact, **conv.geometry, activation=activation)
     assert y.shape == expected.shape
     assert relative_error(y, expected) <= tolerance
@@ -47,7 +47,7 @@ def test_matches_reference_in_float64(name, activation, per_sample):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name", CONVS)
 def test_every_dtype(name, dtype):
-    compare(conv_inputs(CONVS[name], dtype), CONVS[name], "relu", TOLERANCE[dtype])
+    compare(conv_inputs(CONVS[name], dtype), CONVS[name], "relu", TOLERANCE[dtype], "direct")
 
 
 @pytest.mark.parametrize("given", list(itertools.product([False, True], repeat=5)))
@@ -162,12 +162,12 @@ def test_unwanted_gradients_are_not_computed(monkeypatch):
     original = torch.ops.mnp_fast.masked_conv2d_backward
 
     def spy(*args):
-        saw.append(args[-4:])
+        saw.append(args[-5:])
         return original(*args)
 
     monkeypatch.setattr(torch.ops.mnp_fast, "masked_conv2d_backward", spy)
     masked_conv2d(**inputs, **conv.geometry, activation="relu").sum().backward()
-    assert saw == [(False, False, False, True)]
+    assert saw == [(False, False, False, True, "auto")]
     assert inputs["weight"].grad is None
 
 

@@ -1,0 +1,232 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mnp_fast import _C
+from mnp_fast.ops import masked_conv2d
+
+from .cases import CONVS, Conv, conv_inputs, random_mask, relative_error, require_grad
+from .test_conv import compare
+
+# float64: 100 times the rounding of a sum of a few hundred products; half types: their own.
+TOLERANCE = {
+    torch.float64: 1e-13,
+    torch.float32: 1e-5,
+    torch.bfloat16: 8e-3,
+    torch.float16: 1e-3,
+}
+SHAPES = {
+    "multiple of the tile": Conv(2, 16, 8, 8, 32),
+    "odd": Conv(3, 17, 7, 9, 33),
+    "fewer channels than lanes": Conv(2, 3, 6, 5, 5),
+    "one channel": Conv(2, 1, 5, 5, 1),
+    "one output": Conv(3, 4, 3, 3, 6, padding=(0, 0)),
+    "one row": Conv(1, 20, 1, 30, 9),
+    "no padding": Conv(2, 24, 9, 10, 20, padding=(0, 0)),
+    "uneven padding": Conv(2, 8, 6, 7, 16, padding=(2, 0)),
+    "padding 2": Conv(2, 8, 6, 7, 16, padding=(2, 2)),
+    "padding beyond the kernel": Conv(2, 5, 4, 4, 6, padding=(4, 3)),
+    "more tiles than neurons": Conv(5, 12, 18, 18, 20),
+    "more neurons than tiles": Conv(1, 40, 5, 5, 130),
+    "many blocks": Conv(7, 70, 21, 13, 50),
+    "no samples": Conv(0, 3, 5, 5, 4),
+}
+# Layers of a ResNet-18 for 32x32 images.
+LAYERS = [Conv(2, c, size, size, c) for c, size in ((64, 32), (128, 16), (256, 8), (512, 4))]
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_matches_reference_in_float64(name, activation, per_sample):
+    conv = SHAPES[name]
+    compare(conv_inputs(conv, per_sample=per_sample), conv, activation, 1e-13, "winograd4")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_dtype(name, dtype):
+    conv = SHAPES[name]
+    compare(conv_inputs(conv, dtype, True), conv, "relu", TOLERANCE[dtype], "winograd4")
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_random_shapes(dtype, seed):
+    torch.manual_seed(seed)
+    draw = lambda low, high: int(torch.randint(low, high + 1, ()))  # noqa: E731
+    for _ in range(12):
+        conv = Conv(
+            n=draw(1, 5),
+            c=draw(1, 70),
+            h=draw(3, 20),
+            w=draw(3, 20),
+            k=draw(1, 90),
+            padding=(draw(0, 2), draw(0, 2)),
+        )
+        inputs = conv_inputs(conv, dtype, per_sample=bool(draw(0, 1)))
+        compare(inputs, conv, "relu", TOLERANCE[dtype], "winograd4")
+
+
+@pytest.mark.parametrize("conv", LAYERS, ids=str)
+def test_error_at_the_layers_it_is_for(conv):
+    """Sums of up to 4608 products stay within 1e-5 in float32, forward and backward."""
+    compare(conv_inputs(conv, torch.float32), conv, "relu", 1e-5, "winograd4")
+
+
+@pytest.mark.parametrize("given", ["mask", "scale", "shift", "bias", "residual", None])
+def test_one_vector_alone(given):
+    conv = SHAPES["odd"]
+    inputs = conv_inputs(conv)
+    for name in ("mask", "scale", "shift", "bias", "residual"):
+        if name != given:
+            inputs[name] = None
+    compare(inputs, conv, "relu", 1e-13, "winograd4")
+
+
+def test_masked_neurons_leave_the_bias_exactly():
+    conv = SHAPES["odd"]
+    inputs = conv_inputs(conv, torch.float32)
+    inputs["residual"] = None
+    inputs["mask"] = random_mask(conv.k, dtype=torch.float32)
+    y = masked_conv2d(**inputs, **conv.geometry, algorithm="winograd4")
+    off = inputs["mask"] == 0
+    assert off.any()
+    assert torch.equal(y[:, off], inputs["bias"][off].view(1, -1, 1, 1).expand_as(y[:, off]))
+
+
+def test_inputs_of_any_stride():
+    conv = SHAPES["odd"]
+    inputs = conv_inputs(conv)
+    expected = masked_conv2d(**inputs, **conv.geometry, algorithm="winograd4")
+    strided = {
+        "x": inputs["x"].transpose(2, 3).contiguous().transpose(2, 3),
+        "weight": inputs["weight"].permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+        "residual": inputs["residual"].repeat_interleave(2, dim=3)[..., ::2],
+        **{v: inputs[v].repeat_interleave(3)[::3] for v in ("mask", "scale", "shift", "bias")},
+    }
+    assert not any(t.is_contiguous() for t in strided.values())
+    y = masked_conv2d(**strided, **conv.geometry, algorithm="winograd4")
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("channels_last", [(True, False), (False, True), (True, True)])
+def test_channels_last(channels_last):
+    conv = SHAPES["odd"]
+    inputs = conv_inputs(conv)
+    for name, last in zip(("x", "weight"), channels_last, strict=True):
+        if last:
+            inputs[name] = inputs[name].to(memory_format=torch.channels_last)
+    compare(inputs, conv, "relu", 1e-13, "winograd4")
+    y = masked_conv2d(**inputs, **conv.geometry, algorithm="winograd4")
+    assert y.is_contiguous(memory_format=torch.channels_last) == channels_last[0]
+
+
+def test_gradcheck():
+    conv = Conv(2, 3, 5, 6, 4, padding=(0, 1))
+    inputs = require_grad(conv_inputs(conv))
+    torch.autograd.gradcheck(
+        lambda *args: masked_conv2d(
+            *args, **conv.geometry, activation="relu", algorithm="winograd4"
+        ),
+        tuple(inputs.values()),
+    )
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_opcheck(channels_last):
+    conv = SHAPES["odd"]
+    inputs = conv_inputs(conv, torch.float32)
+    if channels_last:
+        inputs["x"] = inputs["x"].to(memory_format=torch.channels_last)
+    inputs = require_grad(inputs)
+    geometry = [list(v) if isinstance(v, tuple) else v for v in conv.geometry.values()]
+    args = (*inputs.values(), *geometry, "relu", True, "winograd4")
+    torch.library.opcheck(torch.ops.mnp_fast.masked_conv2d.default, args)
+
+
+@pytest.mark.parametrize("conv", [Conv(4, 24, 13, 13, 40), Conv(3, 30, 5, 6, 100)], ids=str)
+def test_same_bits_whatever_the_number_of_threads(conv):
+    inputs = require_grad(conv_inputs(conv, torch.float32))
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            y = masked_conv2d(**inputs, **conv.geometry, activation="relu", algorithm="winograd4")
+            results.append((y, *torch.autograd.grad(y.square().sum(), list(inputs.values()))))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_sample_does_not_depend_on_its_neighbours():
+    conv = Conv(9, 24, 9, 9, 40)
+    inputs = conv_inputs(conv, torch.float32)
+    whole = masked_conv2d(**inputs, **conv.geometry, algorithm="winograd4")
+    inputs["x"], inputs["residual"] = inputs["x"][4:5], inputs["residual"][4:5]
+    assert torch.equal(masked_conv2d(**inputs, **conv.geometry, algorithm="winograd4"), whole[4:5])
+
+
+def test_auto_follows_shape_and_dtype():
+    def chosen(conv, dtype=torch.float32):
+        inputs = conv_inputs(conv, dtype)
+        results = {
+            name: masked_conv2d(**inputs, **conv.geometry, algorithm=name)
+            for name in ("auto", "direct", "winograd4")
+        }
+        assert not torch.equal(results["direct"], results["winograd4"])
+        return next(k for k in ("direct", "winograd4") if torch.equal(results[k], results["auto"]))
+
+    assert chosen(LAYERS[0]) == "winograd4"
+    assert chosen(LAYERS[0], torch.float64) == "direct"
+    assert chosen(SHAPES["fewer channels than lanes"]) == "direct"
+    assert chosen(SHAPES["one row"]) == "direct"
+
+
+@pytest.mark.parametrize("name", ["stride2", "dilated", "1x1", "grouped", "depthwise"])
+def test_shapes_it_cannot_compute_are_refused(name):
+    conv = CONVS[name]
+    inputs = conv_inputs(conv, torch.float32)
+    with pytest.raises(RuntimeError, match=r"'winograd4' needs a 3x3 kernel with stride 1"):
+        masked_conv2d(**inputs, **conv.geometry, algorithm="winograd4")
+    masked_conv2d(**inputs, **conv.geometry)
+
+
+def test_unknown_algorithms_are_refused():
+    with pytest.raises(RuntimeError, match="algorithm must be 'auto', 'direct' or 'winograd4'"):
+        masked_conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3), algorithm="fft")
+
+
+def test_compiles_without_graph_breaks():
+    conv = SHAPES["odd"]
+    inputs = require_grad(conv_inputs(conv, torch.float32))
+
+    def loss(**tensors):
+        y = masked_conv2d(**tensors, **conv.geometry, activation="relu", algorithm="winograd4")
+        return y.square().sum()
+
+    expected = torch.autograd.grad(loss(**inputs), list(inputs.values()))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    actual = torch.autograd.grad(compiled(**inputs), list(inputs.values()))
+    for a, b in zip(actual, expected, strict=True):
+        assert relative_error(a, b) <= 1e-6
+
+
+@pytest.mark.parametrize("instruction_set", _C.instruction_sets_usable)
+def test_every_instruction_set(instruction_set):
+    """The tests above once more, in a process that runs one set."""
+    if os.environ.get("MNP_FAST_CPU"):
+        pytest.skip("runs in such a process")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+        env={**os.environ, "MNP_FAST_CPU": instruction_set},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "passed" in run.stdout
