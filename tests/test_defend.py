@@ -322,9 +322,7 @@ def test_checkpoint_that_is_something_else_is_refused(checkpoint):
     [
         0,
         0.2,
-        pytest.param(
-            0.99, marks=pytest.mark.xfail(raises=OSError, reason="load_checkpoint passes it on")
-        ),
+        0.99,
     ],
 )
 def test_truncated_checkpoint_is_refused(checkpoint, share):

@@ -119,22 +119,21 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Any:
         The file is damaged or asks for code to be run (which is refused).
     """
     path = existing_file(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(_refusal(path, str(error))) from error
-    except Exception as error:
-        if "TorchScript" in str(error):
+    with path.open("rb") as file:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(_refusal(path, str(error))) from error
+        except Exception as error:  # for damaged archives torch raises OSError, too
+            if "TorchScript" in str(error):
+                raise CheckpointError(
+                    f"'{path}' was refused and nothing in it was run: it is a TorchScript archive, "
+                    "which holds code; save model.state_dict() instead"
+                ) from error
             raise CheckpointError(
-                f"'{path}' was refused and nothing in it was run: it is a TorchScript archive, "
-                "which holds code; save model.state_dict() instead"
+                f"'{path}' is not a readable torch checkpoint; it is truncated, damaged or of "
+                f"another format ({type(error).__name__})"
             ) from error
-        raise CheckpointError(
-            f"'{path}' is not a readable torch checkpoint; it is truncated, damaged or of another "
-            f"format ({type(error).__name__})"
-        ) from error
 
 
 def is_safetensors(path: Path) -> bool:
