@@ -26,6 +26,11 @@ DATA = (CLEAN.images, CLEAN.labels)
 EXPOSURES = ["offset", "weights"]
 
 
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr("mnp_fast.io.files._sync", lambda path: None)
+
+
 def small(exposure="offset", **settings):
     """A configuration of a few epochs that stops suppressing before the last one allowed."""
     short = {

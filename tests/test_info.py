@@ -70,14 +70,14 @@ for dtype, limit in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
 
     x, weight = rand(3, 7, 9, 11).requires_grad_(), rand(37, 7, 3, 3).requires_grad_()
     mask = torch.rand(37, dtype=dtype).requires_grad_()
-    more = dict(scale=rand(37), shift=rand(37), bias=rand(37), padding=(1, 1), activation="relu")
-    for operator, reference_of, inputs in (
-        (ops.masked_conv2d, reference.masked_conv2d, (x, weight, mask)),
-        (ops.masked_affine, reference.masked_affine, (rand(3, 37, 5, 7).requires_grad_(), mask)),
-    ):
-        if operator is ops.masked_affine:
-            more.pop("padding")
-        y, expected = operator(*inputs, **more), reference_of(*inputs, **more)
+    vectors = dict(scale=rand(37), shift=rand(37), bias=rand(37), activation="relu")
+    conv, affine = (x, weight, mask), (rand(3, 37, 5, 7).requires_grad_(), mask)
+    pairs = [(ops.masked_affine(*affine, **vectors), reference.masked_affine, affine, {{}})]
+    for algorithm in ("direct", "winograd4"):
+        y = ops.masked_conv2d(*conv, **vectors, padding=1, algorithm=algorithm)
+        pairs.append((y, reference.masked_conv2d, conv, dict(padding=(1, 1))))
+    for y, by_hand, inputs, geometry in pairs:
+        expected = by_hand(*inputs, **vectors, **geometry)
         near(y, expected)
         ours = torch.autograd.grad(y.square().sum(), inputs)
         for mine, grad in zip(ours, torch.autograd.grad(expected.square().sum(), inputs)):
