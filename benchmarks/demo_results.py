@@ -24,8 +24,8 @@ Handwritten digits, ResNet-18 of width 16, 10 % of the training images poisoned,
 defense has 100 clean images that were not trained on and default settings. Accuracy (ACC) and
 attack success rate (ASR) in percent, on 500 held-back images; the number of neurons pruned; the
 class the defense suspects. `none` is a model without a backdoor.
-Defaults were chosen on seeds 10 to 12. The stored seconds are of a machine that did other work, and
-the defense of blend, seed 2, was paused meanwhile. Printed by `python benchmarks/demo_results.py`.
+Defaults were chosen on seeds 10 to 16. Seconds on two cores. Printed by
+`python benchmarks/demo_results.py`.
 
 | attack | seed | ACC before | ACC after | ASR before | ASR after | pruned | suspect | defense (s) |
 |---|---|---|---|---|---|---|---|---|

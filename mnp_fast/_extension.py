@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import platform
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch  # its libraries must be loaded before the extension's
 
 
+def _built() -> list[str]:
+    """Extension modules in the package, and the one that an editable install keeps elsewhere."""
+    found = {str(path) for path in Path(__file__).parent.glob("_C*.so")}
+    spec = find_spec(f"{__package__}._C")
+    return sorted(found | ({spec.origin} if spec and spec.origin else set()))
+
+
 def _explain(error: ImportError) -> str:
-    folder = Path(__file__).parent
-    built = sorted(path.name for path in folder.glob("_C*.so"))
+    built = _built()
     lines = [
         f"mnp_fast's compiled extension cannot be loaded: {error}",
         f"  python {platform.python_version()} ({sys.executable}), torch {torch.__version__} "
         f"({Path(torch.__file__).parent})",
-        f"  extension modules in {folder}: {', '.join(built) or 'none'}",
+        f"  extension modules: {', '.join(built) or 'none'}",
     ]
     if not built:
         lines.append("  The package was not built here: install it with pip.")

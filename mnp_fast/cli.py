@@ -36,7 +36,7 @@ def _reported(checkpoint: Path | None = None) -> Iterator[None]:
         hint = ""
         if checkpoint is not None and checkpoint.exists():
             hint = f": run the same command again to go on from {checkpoint}"
-        errors.print(f"Interrupted{hint}.", markup=False)
+        errors.print(f"Interrupted{hint}.", markup=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
     except (ValueError, TypeError, OSError) as error:
         errors.print(f"Error: {error}", style="red", markup=False, soft_wrap=True)

@@ -37,8 +37,8 @@ class DefenseConfig:
     suppress_accuracy
         The ascent stops once the clean accuracy is at most this, in percent.
     suspects
-        How many of the classes that suppressed weights favour most are searched for an offset; the
-        one with the smallest is the suspect class.
+        At most so many classes, those that suppressed weights favour most, are searched for an
+        offset; the one with the smallest is the suspect class.
     offset_steps
         Steps of the first search for an offset; a renewed one takes `offset_steps // 2`, and one
         that starts from its predecessor `offset_steps // 6`.
@@ -51,9 +51,14 @@ class DefenseConfig:
     max_exposed
         The cut shall bring the exposure's success down to this, in percent of images.
     max_pruned
-        Largest share of the neurons, in (0, 1], that may be cut.
+        Largest share of the neurons, in (0, 1], that may be cut; three times as many where the
+        suspect class is conspicuous.
     max_drop
-        Largest loss of clean accuracy, in points, that the cut may cost on the clean set.
+        Largest loss of clean accuracy, in points, that the cut may cost on the clean set; three
+        times as much where the suspect class is conspicuous.
+    conspicuous
+        The suspect class is conspicuous if its offset has at most this share of the median size of
+        the other suspects' offsets, in [0, 1].
     seed
         Of every random order.
 
@@ -74,7 +79,7 @@ class DefenseConfig:
     suppress_batch_size: int = 128
     suppress_epochs: int = 200
     suppress_accuracy: float = 20.0
-    suspects: int = 3
+    suspects: int = 10
     offset_steps: int = 90
     offset_lr: float = 0.02
     offset_decay: float = 15.0
@@ -82,9 +87,10 @@ class DefenseConfig:
     fit_batch_size: int = 25
     fit_lr: float = 0.05
     fit_momentum: float = 0.9
-    max_exposed: float = 10.0
+    max_exposed: float = 8.0
     max_pruned: float = 0.02
     max_drop: float = 3.0
+    conspicuous: float = 0.67
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -132,5 +138,6 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "max_exposed": (0.0, 100.0, "between 0 and 100 percent"),
     "max_pruned": (_TINY, 1.0, "above 0 and at most 1"),
     "max_drop": (0.0, 100.0, "between 0 and 100 points"),
+    "conspicuous": (0.0, 1.0, "between 0 and 1"),
     "seed": (0, 2**31 - 1, "between 0 and 2147483647"),
 }

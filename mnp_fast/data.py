@@ -115,6 +115,10 @@ def check_model(model: nn.Module, data: CleanSet) -> int:
             )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"model: {name} holds NaN or infinity")
+        if tensor.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"model: {name} is {tensor.dtype}, too coarse to fit masks; use float32 or float64"
+            )
     modes = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():
@@ -130,6 +134,8 @@ def check_model(model: nn.Module, data: CleanSet) -> int:
         what = tuple(logits.shape) if torch.is_tensor(logits) else type(logits).__name__
         raise ValueError(f"model must return logits (N, classes) for N images, not {what}")
     classes = logits.shape[1]
+    if classes < 2:
+        raise ValueError(f"model must tell at least 2 classes apart, not {classes}")
     if int(data.labels.max()) >= classes:
         raise ValueError(
             f"data: label {int(data.labels.max())} is beyond the model's {classes} classes "

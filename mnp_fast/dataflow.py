@@ -43,7 +43,7 @@ def data_flow(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -
         The model cannot be traced and there are no example inputs.
     """
     try:
-        graph = _Tracer().trace(model)
+        graph = Tracer().trace(model)
     except Exception as error:
         if example_inputs is None:
             raise ValueError(
@@ -55,7 +55,9 @@ def data_flow(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -
     return _traced_flow(model, graph)
 
 
-class _Tracer(fx.Tracer):
+class Tracer(fx.Tracer):
+    """Layers that can be masked are leaves, whoever their class belongs to."""
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, (*WEIGHTED, *NORM)) or super().is_leaf_module(m, module_qualified_name)
 

@@ -26,7 +26,7 @@ from rich.progress import (
 
 from .config import DefenseConfig
 from .data import CleanSet, check_model, clean_set, evaluate
-from .exposure import OffsetExposure, WeightExposure
+from .exposure import OffsetExposure, WeightExposure, is_conspicuous
 from .io import ensure_writable, load_checkpoint, save_checkpoint
 from .objectives import MaskFit
 from .result import DefenseResult, EpochRecord, LayerNeurons
@@ -101,9 +101,10 @@ def defend(
 class _State:
     """Where a run stands: all that a checkpoint holds."""
 
-    epochs: dict[str, int] = field(default_factory=lambda: {"suppress": 0, "fit": 0})
+    epochs: dict[str, int] = field(default_factory=lambda: {"suppress": 0, "expose": 0, "fit": 0})
     suspects: list[int] = field(default_factory=list)
     target: int = -1
+    offset_sizes: dict[int, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     suppressed: dict[str, Tensor] = field(default_factory=dict)
@@ -157,7 +158,7 @@ class _Defense:
             parameter.requires_grad_(True)
         state = self.state
         if state.suppressed:
-            suppressed.load_state_dict(state.suppressed)
+            suppressed.load_state_dict(state.suppressed, strict=False)
         with self._task("Suppressing", self.config.suppress_epochs, "suppress") as advance:
             if state.suspects:
                 return suppressed
@@ -165,7 +166,10 @@ class _Defense:
             for accuracy, loss in suppress(
                 suppressed, self.data, self.config, state.epochs["suppress"]
             ):
-                state.suppressed = _copied(suppressed.state_dict())
+                state.suppressed = {
+                    name: tensor.to("cpu", copy=True)
+                    for name, tensor in _tensors(suppressed).items()
+                }
                 self._record("suppress", -loss, accuracy, start)
                 advance()
                 start = time.perf_counter()
@@ -174,25 +178,23 @@ class _Defense:
         return suppressed
 
     def _expose(self, suppressed: nn.Module) -> OffsetExposure | WeightExposure:
-        """The exposure of the suspect class, which is chosen here if it is not yet."""
+        """The exposure of the suspect class: the one whose offset is smallest."""
         state, config = self.state, self.config
         if config.exposure == "weights":
             state.target = state.suspects[0]
             return WeightExposure(self.masked, suppressed, self.data, state.target, config)
-        if state.target >= 0:
-            exposure = OffsetExposure(self.masked, self.data, state.target, config)
-            exposure.load(state.exposure)
-            return exposure
-        start, sizes = time.perf_counter(), []
-        exposures = [OffsetExposure(self.masked, self.data, t, config) for t in state.suspects]
-        with self._task("Exposing", len(exposures), None) as advance:
-            for exposure in exposures:
-                sizes.append(exposure.start())
+        with self._task("Exposing", len(state.suspects), "expose") as advance:
+            for suspect in state.suspects[state.epochs["expose"] :]:
+                start = time.perf_counter()
+                exposure = OffsetExposure(self.masked, self.data, suspect, config)
+                size = exposure.start()
+                if not state.offset_sizes or size < min(state.offset_sizes.values()):
+                    state.target, state.exposure = suspect, exposure.state()
+                state.offset_sizes[suspect] = size
+                self._advance("expose", time.perf_counter() - start)
                 advance()
-        exposure = exposures[sizes.index(min(sizes))]
-        state.target, state.exposure = exposure.target, exposure.state()
-        state.seconds["expose"] = time.perf_counter() - start
-        self._save()
+        exposure = OffsetExposure(self.masked, self.data, state.target, config)
+        exposure.load(state.exposure)
         return exposure
 
     def _fit(self, exposure: OffsetExposure | WeightExposure) -> None:
@@ -228,12 +230,14 @@ class _Defense:
             )
         }
         order = pruning_order(neurons)
+        conspicuous = is_conspicuous(self.state.offset_sizes.values(), self.config)
+        points = cut_points(self.masked, order, exposure, self.data, self.config, conspicuous)
         curve = []
         with self._task("Cutting", None, None) as advance:
-            for point in cut_points(self.masked, order, exposure, self.data, self.config):
+            for point in points:
                 curve.append(point)
                 advance()
-        cut = choose(curve, self.config)
+        cut = choose(curve, self.config, conspicuous)
         prune(self.masked, order[: cut.pruned])
         seconds = {**self.state.seconds, "select": time.perf_counter() - start}
         return DefenseResult(
@@ -243,6 +247,8 @@ class _Defense:
             curve=curve,
             cut=cut,
             target=self.state.target,
+            conspicuous=conspicuous,
+            offset_sizes=self.state.offset_sizes,
             history=[EpochRecord(**record) for record in self.state.history],
             seconds=seconds,
             config=self.config,
@@ -267,11 +273,15 @@ class _Defense:
         self.progress.update(task, total=max(finished, 1), completed=max(finished, 1))
 
     def _record(self, phase: str, loss: float, accuracy: float, start: float) -> None:
-        state, seconds = self.state, time.perf_counter() - start
-        state.epochs[phase] += 1
-        state.seconds[phase] = state.seconds.get(phase, 0.0) + seconds
-        record = EpochRecord(phase, state.epochs[phase], loss, accuracy, seconds)
-        state.history.append(asdict(record))
+        seconds = time.perf_counter() - start
+        record = EpochRecord(phase, self.state.epochs[phase] + 1, loss, accuracy, seconds)
+        self.state.history.append(asdict(record))
+        self._advance(phase, seconds)
+
+    def _advance(self, phase: str, seconds: float) -> None:
+        """Note that a step of the phase is done, for good."""
+        self.state.epochs[phase] += 1
+        self.state.seconds[phase] = self.state.seconds.get(phase, 0.0) + seconds
         self._save()
 
     def _save(self) -> None:
@@ -290,8 +300,10 @@ class _Defense:
         self.state = _State(**content["state"])
 
 
-def _copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state without what modules add to it that is no tensor (`get_extra_state`)."""
+    state = model.state_dict().items()
+    return {name: value.detach() for name, value in state if isinstance(value, torch.Tensor)}
 
 
 def _fingerprint(model: nn.Module, data: CleanSet, config: DefenseConfig) -> str:
@@ -299,9 +311,9 @@ def _fingerprint(model: nn.Module, data: CleanSet, config: DefenseConfig) -> str
     modules = [(name, type(module).__qualname__) for name, module in model.named_modules()]
     facts = [metadata.version("mnp_fast"), asdict(config), modules]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    tensors = {**model.state_dict(), "images": data.images, "labels": data.labels}
+    tensors = {**_tensors(model), "images": data.images, "labels": data.labels}
     for name, tensor in tensors.items():
-        flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+        flat = tensor.to("cpu").contiguous().reshape(-1).view(torch.uint8)
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(memoryview(flat.numpy()))
+        digest.update(flat.numpy().data)
     return digest.hexdigest()

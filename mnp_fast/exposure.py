@@ -9,7 +9,8 @@ that the suspect with the smallest offset is the attacker's.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 MARGIN = 2.0  # logits by which a searched offset shall make its class overtake all others
 POOL = 3  # offsets kept: masks that stop only the last one found let earlier ones work again
 REACHED = 50.0  # percent of images that an offset must send to its class to count
+RIVALS = 4  # other suspects without which the size of an offset says nothing
 WIDENED = 1.5  # factor on the first offset in `success`: a cut shall stop more than was seen
 
 
@@ -54,7 +56,7 @@ class WeightExposure:
         target: int,
         config: DefenseConfig,
     ) -> None:
-        self.others, self.target = _others(data, target), target
+        self.others, self.target = data.images[data.labels != target], target
         self.model = wrap(suppressed, config.site, example_inputs=(data.images[:2],))
         self.model.eval().requires_grad_(False)
         for layer, mask in zip(
@@ -102,17 +104,21 @@ class OffsetExposure:
         self, masked: nn.Module, data: CleanSet, target: int, config: DefenseConfig
     ) -> None:
         self.model, self.config, self.target = masked, config, target
-        self.others = _others(data, target)
+        self.others = data.images[data.labels != target]
         self.low, self.high = (float(bound) for bound in data.images.aminmax())
+        self.reach = max(self.high - self.low, torch.finfo(data.images.dtype).tiny)
         self.first = torch.zeros_like(data.images[:1])
         self.offsets = [self.first]
 
     def start(self) -> float:
-        """Search the first offset; returns its mean square, infinite where it does not succeed."""
+        """Search the first offset; returns its size, infinite where it does not succeed.
+
+        The size is the root of the offset's mean square, in units of the images' range.
+        """
         self.first = self._search(self.config.offset_steps)
         self.offsets = [self.first]
         reached = _share(predict(self.model, self._shifted(self.others, self.first)), self.target)
-        return self.first.square().mean().item() if reached >= REACHED else math.inf
+        return self._mean_square(self.first).sqrt().item() if reached >= REACHED else math.inf
 
     def renew(self, epoch: int) -> None:
         """Search once more, before every epoch but 0; every other time from the offset before."""
@@ -148,33 +154,41 @@ class OffsetExposure:
     def _shifted(self, images: Tensor, offset: Tensor) -> Tensor:
         return (images + offset).clamp(self.low, self.high)
 
+    def _mean_square(self, offset: Tensor) -> Tensor:
+        return (offset / self.reach).square().mean()
+
     def _search(self, steps: int, start: Tensor | None = None) -> Tensor:
         """An offset (1, *), small in mean square, by clean suppression with decay.
 
         Adam on a hinge that asks the suspect class to overtake all others by `MARGIN`, plus
         `offset_decay` times the offset's mean square in units of the images' range.
         """
-        reach = max(self.high - self.low, torch.finfo(self.others.dtype).tiny)
         offset = torch.zeros_like(self.others[:1]) if start is None else start.clone()
         offset.requires_grad_(True)
-        optimizer = torch.optim.Adam([offset], lr=self.config.offset_lr * reach)
+        optimizer = torch.optim.Adam([offset], lr=self.config.offset_lr * self.reach)
         with _constant(list(masks(self.model).values())):
             for _ in range(steps):
                 logits = self.model(self._shifted(self.others, offset))
                 rivals = logits.clone()
                 rivals[:, self.target] = -torch.inf
                 hinge = (rivals.amax(1) - logits[:, self.target] + MARGIN).relu().mean()
-                size = (offset / reach).square().mean()
                 optimizer.zero_grad()
-                (hinge + self.config.offset_decay * size).backward()
+                (hinge + self.config.offset_decay * self._mean_square(offset)).backward()
                 optimizer.step()
         return offset.detach()
 
 
-def _others(data: CleanSet, target: int) -> Tensor:
-    """Images of other classes than the suspect one; all where there are none."""
-    others = data.images[data.labels != target]
-    return others if len(others) else data.images
+def is_conspicuous(sizes: Iterable[float], config: DefenseConfig) -> bool:
+    """Whether the smallest of the suspects' offsets is far smaller than is usual for the others.
+
+    Backdoors are short ways to their class. Never with less than `RIVALS` others to compare with.
+    """
+    smallest, *others = sorted(sizes) or [math.inf]
+    return (
+        len(others) >= RIVALS
+        and math.isfinite(smallest)
+        and smallest <= config.conspicuous * statistics.median(others)
+    )
 
 
 def _share(logits: Tensor, target: int) -> float:

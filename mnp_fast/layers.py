@@ -13,7 +13,7 @@ site       with batch norm                      without              what mask 0
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,33 @@ from torch.nn import functional as F
 from .ops import masked_affine, masked_conv2d, masked_linear
 
 M = TypeVar("M", bound="MaskedLayer")
+
+
+class Terms(NamedTuple):
+    """Vectors (neurons,) of the equation ``mask * (scale * u + shift) + bias``."""
+
+    mask: Tensor
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    bias: Tensor | None = None
+
+
+def eval_affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a batch norm's running statistics, without its bias."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    if norm.weight is not None:
+        scale = norm.weight * scale
+    return scale, -norm.running_mean * scale
+
+
+def padded(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The input of a convolution and the padding with zeros that is left to do."""
+    if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        return F.pad(x, conv._reversed_padding_repeated_twice, mode=mode), (0, 0)
+    return x, conv.padding
 
 
 class MaskedLayer(nn.Module):
@@ -126,8 +153,11 @@ class _MaskedWeights(MaskedLayer):
         """Number of neurons."""
         return self.weight.shape[0]
 
-    def _bias_by_site(self) -> dict[str, Any]:
-        return {"shift" if self.site == "neuron" else "bias": self.bias}
+    def terms(self) -> Terms:
+        """What the equation's operators take besides the weight."""
+        if self.site == "neuron":
+            return Terms(self.mask, shift=self.bias)
+        return Terms(self.mask, bias=self.bias)
 
     def _fold(self, mask: Tensor) -> None:
         self._multiply("weight", mask)
@@ -166,16 +196,11 @@ class MaskedConv2d(_MaskedWeights, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() == 3:
             return self.forward(input[None])[0]
-        padding = self.padding
-        if isinstance(padding, str) or self.padding_mode != "zeros":
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=mode)
-            padding = (0, 0)
+        input, padding = padded(self, input)
         return masked_conv2d(
             input,
             self.weight,
-            self.mask,
-            **self._bias_by_site(),
+            *self.terms(),
             stride=self.stride,
             padding=padding,
             dilation=self.dilation,
@@ -202,7 +227,7 @@ class MaskedLinear(_MaskedWeights, nn.Linear):  # type: ignore[misc]  # torch: b
         self._add_mask(site)
 
     def forward(self, input: Tensor) -> Tensor:
-        return masked_linear(input, self.weight, self.mask, **self._bias_by_site())
+        return masked_linear(input, self.weight, *self.terms())
 
 
 class MaskedBatchNorm2d(MaskedLayer, nn.BatchNorm2d):
@@ -236,13 +261,14 @@ class MaskedBatchNorm2d(MaskedLayer, nn.BatchNorm2d):
             if self.site == "neuron" or beta is None:
                 return masked_affine(y, self.mask)
             return masked_affine(y, self.mask, shift=-beta, bias=beta)
-        scale = torch.rsqrt(self.running_var + self.eps)
-        if self.weight is not None:
-            scale = self.weight * scale
-        shift = -self.running_mean * scale
-        if self.site == "norm" or beta is None:
-            return masked_affine(input, self.mask, scale, shift, beta)
-        return masked_affine(input, self.mask, scale, shift + beta)
+        return masked_affine(input, *self.terms())
+
+    def terms(self) -> Terms:
+        """What the equation's operators take in eval mode with running statistics."""
+        scale, shift = eval_affine(self)
+        if self.site == "norm" or self.bias is None:
+            return Terms(self.mask, scale, shift, self.bias)
+        return Terms(self.mask, scale, shift + self.bias)
 
     def _fold(self, mask: Tensor) -> None:
         if not self.affine:

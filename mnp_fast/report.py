@@ -10,6 +10,7 @@ import re
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -189,7 +190,7 @@ def _attack_rows(content: dict[str, Any]) -> list[dict[str, Any]]:
 def _summary_rows(result: DefenseResult) -> list[tuple[str, str]]:
     total = sum(len(layer.mask) for layer in result.neurons.values())
     share = 100 * len(result.pruned) / max(total, 1)
-    rows = [("Suspect class", str(result.target))]
+    rows = [("Suspect class", str(result.target)), *_offset_rows(result)]
     points = [("at the cut", result.cut)]
     if result.curve and result.curve[0].pruned == 0:
         points.insert(0, ("before the cut", result.curve[0]))
@@ -205,6 +206,21 @@ def _summary_rows(result: DefenseResult) -> list[tuple[str, str]]:
     ]
     rows.append(("Total time", f"{sum(result.seconds.values()):,.1f} s"))
     return rows
+
+
+def _offset_rows(result: DefenseResult) -> list[tuple[str, str]]:
+    """How far the suspect class is from the images, beside the other suspects."""
+    if result.target not in result.offset_sizes:
+        return []
+    others = [size for label, size in result.offset_sizes.items() if label != result.target]
+    rows = [("Size of its offset", _share_of_range(result.offset_sizes[result.target]))]
+    if others:
+        rows.append(("Median size of the other offsets", _share_of_range(median(others))))
+    return [*rows, ("Conspicuously small", "yes" if result.conspicuous else "no")]
+
+
+def _share_of_range(size: float) -> str:
+    return f"{100 * size:.1f} % of the range of values" if math.isfinite(size) else "none found"
 
 
 def _layer_rows(result: DefenseResult) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,13 @@ class DefenseResult:
     cut
         The point of `curve` that was chosen.
     target
-        The suspect class: the one that suppressed weights favour.
+        The suspect class: the one with the smallest offset, or the one that suppressed weights
+        favour most.
+    conspicuous
+        Whether that offset is so small beside the others that a backdoor is likely.
+    offset_sizes
+        By suspect class, the size of the offset that leads to it, as root mean square in units of
+        the images' range of values; infinite where none was found. Empty with exposure by weights.
     history
         One record an epoch.
     seconds
@@ -96,6 +103,8 @@ class DefenseResult:
     curve: list[CutPoint]
     cut: CutPoint
     target: int
+    conspicuous: bool
+    offset_sizes: dict[int, float]
     history: list[EpochRecord]
     seconds: dict[str, float]
     config: DefenseConfig
@@ -108,6 +117,11 @@ class DefenseResult:
     def outcome(self) -> str:
         """What was pruned and what it cost on the clean set, in a sentence or two."""
         total = sum(len(mask) for mask in self.masks.values())
+        if not self.pruned and self.conspicuous:
+            return (
+                f"None of {total:,} neurons pruned, but class {self.target} is suspect: its offset "
+                "is conspicuously small, and no cut within the limits stops it."
+            )
         if not self.pruned:
             return (
                 f"None of {total:,} neurons pruned: no small set of them carries what was exposed "
@@ -125,6 +139,11 @@ class DefenseResult:
             "pruned": [asdict(neuron) for neuron in self.pruned],
             "cut": asdict(self.cut),
             "target": self.target,
+            "conspicuous": self.conspicuous,
+            "offset_sizes": {
+                str(label): size if math.isfinite(size) else None
+                for label, size in self.offset_sizes.items()
+            },
             "curve": [asdict(point) for point in self.curve],
             "history": [asdict(record) for record in self.history],
             "seconds": dict(self.seconds),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .exposure import OffsetExposure, WeightExposure
 
 MAX_POINTS = 100
-DROP_PRICE = 2.0  # points of the exposure's success that a point of clean accuracy is worth
+CONSPICUOUS_LIMITS = 3  # factor on `max_pruned` and `max_drop` where the suspect is conspicuous
 
 
 def pruning_order(neurons: dict[str, LayerNeurons]) -> list[PrunedNeuron]:
@@ -50,33 +50,34 @@ def cut_points(
     exposure: OffsetExposure | WeightExposure,
     data: CleanSet,
     config: DefenseConfig,
+    conspicuous: bool,
 ) -> Iterator[CutPoint]:
     """Quality on the clean set after 0, 1, 2, … neurons are cut, up to the share `max_pruned`.
 
     In larger steps where there would be more than `MAX_POINTS`. The masks are left anywhere.
     """
-    last = max(1, int(config.max_pruned * len(order)))
+    share = min(1.0, config.max_pruned * _slack(conspicuous))
+    last = max(1, int(share * len(order)))
     for count in range(0, last + 1, 1 + last // MAX_POINTS):
         prune(masked, order[:count])
         accuracy, loss = evaluate(masked, data)
         yield CutPoint(count, accuracy, loss, exposure.success())
 
 
-def choose(curve: Sequence[CutPoint], config: DefenseConfig) -> CutPoint:
-    """The cut that stops the exposure best for the clean accuracy it costs, or none.
+def choose(curve: Sequence[CutPoint], config: DefenseConfig, conspicuous: bool) -> CutPoint:
+    """The smallest cut that stops the exposure within the limits, or the curve's first point.
 
     A backdoor is carried by few neurons. Where no cut of the curve brings the exposure's success
     down to `max_exposed` percent within `max_drop` points of clean accuracy, what was exposed is
-    a weakness that clean features share, and nothing is cut. Of the cuts that do, the one with the
-    least sum of success and `DROP_PRICE` times the drop is chosen; of equals, the smallest.
+    a weakness that clean features share, and nothing is cut. A conspicuous suspect class is
+    evidence of its own, so that a cut may cost more.
     """
+    lowest = curve[0].accuracy - config.max_drop * _slack(conspicuous)
+    for point in curve:
+        if point.exposed <= config.max_exposed and point.accuracy >= lowest:
+            return point
+    return curve[0]
 
-    def drop(point: CutPoint) -> float:
-        return curve[0].accuracy - point.accuracy
 
-    stopping = [
-        point
-        for point in curve
-        if point.exposed <= config.max_exposed and drop(point) <= config.max_drop
-    ]
-    return min(stopping, key=lambda p: p.exposed + DROP_PRICE * drop(p), default=curve[0])
+def _slack(conspicuous: bool) -> int:
+    return CONSPICUOUS_LIMITS if conspicuous else 1

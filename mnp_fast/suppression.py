@@ -81,11 +81,14 @@ def suppress(
 
 
 def favoured_classes(suppressed: nn.Module, data: CleanSet) -> list[int]:
-    """All classes, first those that a suppressed network gives most to images of other classes.
+    """The classes, first those that a suppressed network gives most to images of other classes.
 
-    By mean softmax; in a backdoored network the attacker's class is among the first as a rule.
+    By mean softmax; in a backdoored network the attacker's class is among the first as a rule. A
+    class that all images belong to is left out.
     """
     probabilities = predict(suppressed, data.images).softmax(1)
     own = F.one_hot(data.labels, probabilities.shape[1]).bool()
-    means = probabilities.masked_fill(own, 0).sum(0) / (~own).sum(0).clamp(min=1)
-    return means.argsort(descending=True, stable=True).tolist()
+    counts = (~own).sum(0)
+    means = probabilities.masked_fill(own, 0).sum(0) / counts.clamp(min=1)
+    order = means.argsort(descending=True, stable=True).tolist()
+    return [label for label in order if counts[label]]

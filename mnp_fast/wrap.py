@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from .dataflow import WEIGHTED, data_flow
+from .fusion import FusedForward, fuse_blocks
 from .layers import MaskedBatchNorm2d, MaskedConv2d, MaskedLayer, MaskedLinear
 from .ops.conv import ALGORITHMS, allows_winograd
 
@@ -23,6 +24,7 @@ def wrap(
     *,
     example_inputs: tuple[Any, ...] | None = None,
     algorithm: str = "auto",
+    fuse: bool = True,
 ) -> nn.Module:
     """A copy of the model with a mask for every neuron; outputs are equal while all masks are 1.
 
@@ -44,6 +46,11 @@ def wrap(
     algorithm
         What the masked convolutions compute with, as in `mnp_fast.ops.masked_conv2d`;
         `"winograd4"` where a convolution allows it, else `"auto"`.
+    fuse
+        Whether a convolution, its norm, an addition and a ReLU run as one operator in eval mode,
+        where the model can be traced symbolically. What its `forward` decides by attributes of
+        modules, other than `training`, is then decided once. A model with hooks on its modules, or
+        under `torch.compile`, runs as if it were not fused.
 
     Returns
     -------
@@ -92,6 +99,8 @@ def wrap(
             f"{type(model).__name__} has nothing to mask at site {site!r}: no layer of kind "
             f"{kinds} but those that make its output"
         )
+    if fuse:
+        fuse_blocks(masked, algorithm)
     return masked
 
 
@@ -121,6 +130,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     if not masked_layers(model):
         raise ValueError(f"{type(model).__name__} has no masks: only a wrapped model is unwrapped")
     plain = copy.deepcopy(model)
+    if isinstance(vars(plain).get("forward"), FusedForward):
+        del plain.forward
     for layer in masked_layers(plain).values():
         layer.release()
     return plain

@@ -87,9 +87,21 @@ def broken(name, value):
             ValueError,
             "bn1.running_var holds NaN or infinity",
         ),
+        (
+            resnet().bfloat16(),
+            (IMAGES.bfloat16(), LABELS),
+            ValueError,
+            "conv1.weight is torch.bfloat16, too coarse .* use float32 or float64",
+        ),
         (resnet(), (IMAGES[:, :2], LABELS), ValueError, r"shape \(2, 16, 16\): .*channels"),
         (resnet(), (IMAGES, LABELS + 10), ValueError, "label 13 is beyond the model's 10 classes"),
         (resnet().to("meta"), (IMAGES, LABELS), ValueError, "different devices: .* on meta"),
+        (
+            nn.Sequential(nn.Flatten(), nn.Linear(768, 1)),
+            (IMAGES, LABELS),
+            ValueError,
+            "at least 2 classes apart, not 1",
+        ),
         (nn.Identity(), (IMAGES, LABELS), ValueError, r"logits \(N, classes\) .* not \(2, 3, 16"),
     ],
 )

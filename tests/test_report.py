@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -54,6 +55,8 @@ def make_result(layers: list[str], pruned: int = 3, width: int = 12) -> DefenseR
         curve=curve,
         cut=curve[pruned],
         target=2,
+        conspicuous=True,
+        offset_sizes={4: 0.25, 2: 0.125, 1: 0.5, 0: math.inf},
         history=[
             EpochRecord("suppress", 1, -2.0, 20.0, 0.5),
             EpochRecord("fit", 1, 0.5, 90.0, 0.6),

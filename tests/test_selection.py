@@ -74,7 +74,7 @@ def wide(neurons):
     return wrap(nn.Sequential(nn.Flatten(), nn.Linear(192, neurons), nn.Linear(neurons, 4)))
 
 
-def points(masked, **settings):
+def points_of(masked, conspicuous=False, **settings):
     neurons = {
         name: layer(torch.rand(len(mask)).tolist(), [1.0] * len(mask))
         for name, mask in masks(masked).items()
@@ -82,7 +82,7 @@ def points(masked, **settings):
     order = pruning_order(neurons)
     config = DefenseConfig(**settings)
     data = stripes(8, seed=0)
-    return order, list(cut_points(masked, order, Recorder(masked), data, config))
+    return order, list(cut_points(masked, order, Recorder(masked), data, config, conspicuous))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def points(masked, **settings):
 )
 def test_cut_points_step_up_to_the_share(neurons, share, last, step):
     masked = wide(neurons)
-    _, found = points(masked, max_pruned=share)
+    _, found = points_of(masked, max_pruned=share)
     assert [point.pruned for point in found] == list(range(0, last + 1, step))
     assert len(found) <= 100
     assert [point.exposed for point in found] == [point.pruned for point in found]
@@ -109,7 +109,7 @@ def test_cut_points_step_up_to_the_share(neurons, share, last, step):
 def test_cut_points_are_measured_on_the_pruned_network():
     model, data = backdoored().eval(), stripes(8, seed=0)
     masked = wrap(model).eval()
-    order, found = points(masked, max_pruned=0.5)
+    order, found = points_of(masked, max_pruned=0.5)
     assert len(found) == 13
     for point in found:
         by_hand = copy.deepcopy(model)
@@ -128,26 +128,30 @@ def curve(*pairs):
 @pytest.mark.parametrize(
     ("pairs", "chosen"),
     [
-        (((90, 100), (89, 50), (88, 20), (87, 0)), 3),
-        (((90, 100), (88, 20), (84.9, 0)), 1),  # 84.9 costs too much
-        (((90, 100), (85, 20), (90, 20.1)), 1),  # both limits are included
+        (((90, 100), (89, 50), (88, 20), (87, 0)), 2),  # the smallest that stops enough
+        (((90, 100), (84.9, 20), (86, 20)), 2),  # 84.9 costs too much
+        (((90, 100), (85, 20.1), (85, 20)), 2),  # both limits are included
         (((90, 100), (84.9, 20), (90, 20.1)), 0),  # nothing within them
-        (((90, 100), (90, 7), (86, 0)), 1),  # 4 points of accuracy are worth 8 of success
-        (((90, 100), (90, 9), (86, 0)), 2),
-        (((90, 100), (90, 8), (86, 0), (86, 0)), 1),  # of equals the smallest
-        (((90, 100), (92, 3), (90, 0)), 1),  # better accuracy counts
-        (((90, 0), (90, 0)), 0),
+        (((90, 20), (95, 0)), 0),  # nothing to stop
         (((90, 100),), 0),
     ],
 )
 def test_choice(pairs, chosen):
     points = curve(*pairs)
-    assert choose(points, DefenseConfig(max_exposed=20, max_drop=5)) is points[chosen]
+    assert choose(points, DefenseConfig(max_exposed=20, max_drop=5), False) is points[chosen]
 
 
 def test_choice_follows_the_settings():
     points = curve((90, 100), (85, 40), (69, 10))
-    assert choose(points, DefenseConfig(max_exposed=40, max_drop=5)).pruned == 2
-    assert choose(points, DefenseConfig(max_exposed=40, max_drop=4)).pruned == 0
-    assert choose(points, DefenseConfig(max_exposed=40, max_drop=30)).pruned == 2
-    assert choose(points, DefenseConfig(max_exposed=39, max_drop=30)).pruned == 4
+    assert choose(points, DefenseConfig(max_exposed=40, max_drop=5), False).pruned == 2
+    assert choose(points, DefenseConfig(max_exposed=40, max_drop=4), False).pruned == 0
+    assert choose(points, DefenseConfig(max_exposed=39, max_drop=30), False).pruned == 4
+
+
+def test_a_conspicuous_suspect_may_cost_three_times_as_much():
+    points = curve((90, 100), (75, 0))
+    for allowed, pruned in ((5, 2), (4.9, 0)):
+        assert choose(points, DefenseConfig(max_drop=allowed), True).pruned == pruned
+    for share, last in ((0.1, 3), (0.5, 10)):
+        _, found = points_of(wide(10), conspicuous=True, max_pruned=share)
+        assert found[-1].pruned == last

@@ -179,13 +179,14 @@ def _pair(value: int | Sequence[int]) -> list[int]:
     return [value, value] if isinstance(value, int) else list(value)
 
 
-def _output_size(
+def output_size(
     x: Tensor,
     weight: Tensor,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> tuple[int, ...]:
+    """Shape of a convolution's output."""
     spatial = (
         (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i]
         + 1
@@ -211,7 +212,7 @@ def _fake(
     keep_u: bool,
     algorithm: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    sizes = _output_size(x, weight, stride, padding, dilation)
+    sizes = output_size(x, weight, stride, padding, dilation)
     dtype = compute_dtype(x.dtype)
     if not keep_u:
         return empty_like_layout(x, sizes), x.new_empty(0, dtype=dtype)

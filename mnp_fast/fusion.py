@@ -1,0 +1,341 @@
+"""Convolution, norm, residual and activation as one operator, in a model that stays itself.
+
+A fused model keeps its class, modules and parameters. It gets a `forward` that runs the model's
+traced graph with every such block as one operator, channels-last in between. Where that could
+differ from the model's own `forward` (train mode, hooks on its modules, a compiler at work), its
+own runs.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from .dataflow import Tracer
+from .layers import (
+    MaskedBatchNorm2d,
+    MaskedConv2d,
+    MaskedLayer,
+    Terms,
+    eval_affine,
+    padded,
+)
+from .ops import masked_affine, masked_conv2d
+from .ops.conv import allows_winograd, output_size
+
+_CONVS = (nn.Conv2d, MaskedConv2d)
+_NORMS = (nn.BatchNorm2d, MaskedBatchNorm2d)
+_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, nn.ReLU, "relu", "relu_"}
+# What takes images of any memory format; a result may have the one it was given.
+_ANY_FORMAT = {
+    *_ADDS,
+    *_RELUS,
+    *_CONVS,
+    *_NORMS,
+    operator.mul,
+    torch.cat,
+    torch.flatten,
+    torch.mean,
+    F.avg_pool2d,
+    F.max_pool2d,
+    F.adaptive_avg_pool2d,
+    F.dropout,
+    nn.AvgPool2d,
+    nn.MaxPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.Dropout,
+    nn.Flatten,
+    nn.Identity,
+    "flatten",
+    "mean",
+}
+_FACTS = {"shape", "ndim", "dtype", "device"}  # attributes that say nothing of memory formats
+
+
+class FusedForward:
+    """The `forward` of a fused model; it belongs to `root` and is copied and pickled with it.
+
+    Parameters
+    ----------
+    root
+        The masked model.
+    algorithm
+        Of convolutions that have no mask of their own, as in `mnp_fast.wrap`.
+    """
+
+    def __init__(self, root: nn.Module, algorithm: str) -> None:
+        self.root, self.algorithm = root, algorithm
+        self._graph: fx.GraphModule | None = None
+        self._tensors: list[str] = []
+        self._seen: list[int] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A graph holds the modules of its root, and a copy of the root has others.
+        return {**self.__dict__, "_graph": None, "_tensors": [], "_seen": []}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not self._applies():
+            return type(self.root).forward(self.root, *args, **kwargs)
+        return self._current()(*args, **kwargs)
+
+    def blocks(self) -> list[tuple[str, ...]]:
+        """Names of the convolution and norm of every block, in the order they run."""
+        return [
+            tuple(str(part.target) for part in node.args[:2] if isinstance(part, fx.Node))
+            for node in self._current().graph.nodes
+            if node.target is run_block
+        ]
+
+    def _applies(self) -> bool:
+        return not self.root.training and not any(
+            module.training
+            or module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            for module in self.root.modules()
+            if module is not self.root  # its own hooks run around this call
+        )
+
+    def _current(self) -> fx.GraphModule:
+        """The graph, built anew where modules or tensors of the root were replaced."""
+        seen = self._identities()
+        if self._graph is None or seen != self._seen:
+            graph = Tracer().trace(self.root)
+            self._tensors = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
+            _fuse(graph, self.root, self.algorithm)
+            self._graph = fx.GraphModule(self.root, graph)
+            self._seen = self._identities()
+        return self._graph
+
+    def _identities(self) -> list[int]:
+        tensors = [operator.attrgetter(name)(self.root) for name in self._tensors]
+        return [id(part) for part in (*self.root.modules(), *tensors)]
+
+
+def fuse_blocks(masked: nn.Module, algorithm: str) -> None:
+    """Give a masked model a fused `forward`, in place, if its graph can be traced."""
+    if "forward" in vars(masked):
+        return
+    forward = FusedForward(masked, algorithm)
+    modes = {module: module.training for module in masked.modules()}
+    try:
+        masked.eval()  # `training` is read, and kept, by a trace
+        blocks = forward.blocks()
+    except Exception:
+        return  # as in `data_flow`: a trace may fail in any way
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if blocks:
+        masked.forward = forward
+
+
+def fused_blocks(masked: nn.Module) -> list[tuple[str, ...]]:
+    """Names of the convolution and norm of every block of a wrapped model that runs as one.
+
+    Empty where the model is not fused.
+    """
+    forward = vars(masked).get("forward")
+    return forward.blocks() if isinstance(forward, FusedForward) else []
+
+
+def run_block(
+    conv: nn.Conv2d | None,
+    norm: nn.BatchNorm2d | None,
+    x: Tensor,
+    residual: Any,
+    relu: bool,
+    algorithm: str,
+) -> Tensor:
+    """``relu(norm(conv(x)) + residual)``, all parts optional, as one operator."""
+    if x.dim() == 3:
+        one = residual[None] if isinstance(residual, Tensor) and residual.dim() == 3 else residual
+        return run_block(conv, norm, x[None], one, relu, algorithm)[0]
+    terms, activation = _terms(conv, norm), "relu" if relu else "none"
+    x = x.contiguous(memory_format=torch.channels_last)
+    if conv is None:
+        if residual is None or _fits(residual, x, x.shape):
+            return masked_affine(x, *terms, residual, activation=activation)
+        y = masked_affine(x, *terms)
+    else:
+        x, padding = padded(conv, x)
+        shape = output_size(x, conv.weight, conv.stride, padding, conv.dilation)
+        options: dict[str, Any] = {
+            "stride": conv.stride,
+            "padding": padding,
+            "dilation": conv.dilation,
+            "groups": conv.groups,
+            "algorithm": getattr(conv, "algorithm", algorithm),
+        }
+        if residual is None or _fits(residual, x, shape):
+            return masked_conv2d(x, conv.weight, *terms, residual, activation=activation, **options)
+        y = masked_conv2d(x, conv.weight, *terms, **options)
+    y = y + residual
+    return F.relu(y) if relu else y
+
+
+def _fits(residual: Any, x: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether the operators take the residual: it needs no broadcasting or conversion."""
+    return (
+        isinstance(residual, Tensor)
+        and residual.shape == shape
+        and residual.dtype == x.dtype
+        and residual.device == x.device
+    )
+
+
+def _terms(conv: nn.Conv2d | None, norm: nn.BatchNorm2d | None) -> Terms:
+    """Mask, scale, shift and bias of the equation; u is the convolution without its bias."""
+    if isinstance(norm, MaskedBatchNorm2d):
+        mask, scale, shift, bias = norm.terms()
+        if conv is not None and conv.bias is not None:
+            assert scale is not None
+            assert shift is not None
+            shift = shift + scale * conv.bias
+        return Terms(mask, scale, shift, bias)
+    assert isinstance(conv, MaskedConv2d)
+    inner = conv.terms()
+    if norm is None:
+        return inner
+    scale, offset = eval_affine(norm)
+    if norm.bias is not None:
+        offset = offset + norm.bias
+    if inner.bias is not None:
+        offset = offset + scale * inner.bias
+    shift = None if inner.shift is None else scale * inner.shift
+    return Terms(inner.mask, scale, shift, offset)
+
+
+class _Block:
+    """The nodes of a block, found from the first of them on."""
+
+    def __init__(self, first: fx.Node, modules: dict[str, nn.Module]) -> None:
+        self.modules, self.nodes = modules, [first]
+        self.conv = first if self._kind(first) in _CONVS else None
+        self.norm = None if self.conv else first
+        self.residual: fx.Node | None = None
+        self.relu = False
+        if self.conv:
+            self._take_norm()
+        self._take_residual()
+        self._take_relu()
+
+    @property
+    def is_masked(self) -> bool:
+        return any(part is not None and self._has_mask(part) for part in (self.conv, self.norm))
+
+    def _kind(self, node: fx.Node) -> Any:
+        return _kind(node, self.modules)
+
+    def _has_mask(self, node: fx.Node) -> bool:
+        return isinstance(self.modules[str(node.target)], MaskedLayer)
+
+    def _next(self) -> fx.Node | None:
+        """The one reader of what the block computes so far."""
+        users = list(self.nodes[-1].users)
+        return users[0] if len(users) == 1 else None
+
+    def _take_norm(self) -> None:
+        node = self._next()
+        if node is None or self._kind(node) not in _NORMS:
+            return
+        # Two masks one after the other are more than the equation has.
+        if _keeps_statistics(self.modules[str(node.target)]) and not (
+            self._has_mask(self.nodes[0]) and self._has_mask(node)
+        ):
+            self.norm = node
+            self.nodes.append(node)
+
+    def _take_residual(self) -> None:
+        node = self._next()
+        if node is None or self._kind(node) not in _ADDS or len(node.args) != 2 or node.kwargs:
+            return
+        others = [part for part in node.args if part is not self.nodes[-1]]
+        if len(others) == 1 and isinstance(others[0], fx.Node):
+            self.residual = others[0]
+            self.nodes.append(node)
+
+    def _take_relu(self) -> None:
+        node = self._next()
+        if node is not None and self._kind(node) in _RELUS:
+            self.relu = True
+            self.nodes.append(node)
+
+
+def _fuse(graph: fx.Graph, root: nn.Module, algorithm: str) -> None:
+    """Replace blocks by calls of `run_block`, and keep channels-last from what may not take it."""
+    modules = dict(root.named_modules())
+    taken: set[fx.Node] = set()
+    for node in list(graph.nodes):
+        kind = _kind(node, modules)
+        starts = kind in _CONVS or (
+            kind is MaskedBatchNorm2d and _keeps_statistics(modules[str(node.target)])
+        )
+        if not starts or node in taken:
+            continue
+        block = _Block(node, modules)
+        if block.is_masked:
+            taken.update(block.nodes)
+            _replace(graph, block, modules, algorithm)
+    _restore_formats(graph, modules)
+
+
+def _replace(graph: fx.Graph, block: _Block, modules: dict[str, nn.Module], algorithm: str) -> None:
+    first, last = block.nodes[0], block.nodes[-1]
+    x = first.args[0] if first.args else first.kwargs["input"]
+    if block.conv is not None and algorithm == "winograd4":
+        conv = modules[str(block.conv.target)]
+        assert isinstance(conv, nn.Conv2d)
+        algorithm = algorithm if allows_winograd(conv) else "auto"
+    with graph.inserting_before(last):
+        parts = [
+            None if part is None else graph.get_attr(str(part.target))
+            for part in (block.conv, block.norm)
+        ]
+        fused = graph.call_function(run_block, (*parts, x, block.residual, block.relu, algorithm))
+    last.replace_all_uses_with(fused)
+    for node in reversed(block.nodes):
+        graph.erase_node(node)
+
+
+def _restore_formats(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Make images contiguous again in front of what may ask for that, such as `view`."""
+    any_format: set[fx.Node] = set()
+    for node in list(graph.nodes):
+        given = any_format.intersection(node.all_input_nodes)
+        if node.target is run_block or (given and _takes_any_format(node, modules)):
+            any_format.add(node)
+        elif not _reads_facts(node):
+            for source in given:
+                with graph.inserting_before(node):
+                    plain = graph.call_method("contiguous", (source,))
+                node.replace_input_with(source, plain)
+
+
+def _takes_any_format(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    pool = modules.get(str(node.target)) if node.op == "call_module" else None
+    gives_pair = node.kwargs.get("return_indices") or getattr(pool, "return_indices", False)
+    return _kind(node, modules) in _ANY_FORMAT and not gives_pair
+
+
+def _reads_facts(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in ("size", "dim")
+    return node.target is getattr and node.args[1] in _FACTS
+
+
+def _kind(node: fx.Node, modules: dict[str, nn.Module]) -> Any:
+    """A module's class, a function, or the name of a method."""
+    if node.op == "call_module":
+        return type(modules[str(node.target)])
+    return node.target if node.op in ("call_function", "call_method") else None
+
+
+def _keeps_statistics(norm: nn.Module) -> bool:
+    return getattr(norm, "running_mean", None) is not None
