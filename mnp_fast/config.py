@@ -51,11 +51,11 @@ class DefenseConfig:
     max_exposed
         The cut shall bring the exposure's success down to this, in percent of images.
     max_pruned
-        Largest share of the neurons, in (0, 1], that may be cut; three times as many where the
+        Largest share of the neurons, in (0, 1], that may be cut; twice as many where the
         suspect class is conspicuous.
     max_drop
-        Largest loss of clean accuracy, in points, that the cut may cost on the clean set; three
-        times as much where the suspect class is conspicuous.
+        Largest loss of clean accuracy, in points, that the cut may cost on the clean set;
+        twice as much where the suspect class is conspicuous.
     conspicuous
         The suspect class is conspicuous if its offset has at most this share of the median size of
         the other suspects' offsets, in [0, 1].
@@ -87,10 +87,10 @@ class DefenseConfig:
     fit_batch_size: int = 25
     fit_lr: float = 0.05
     fit_momentum: float = 0.9
-    max_exposed: float = 8.0
+    max_exposed: float = 5.0
     max_pruned: float = 0.02
     max_drop: float = 3.0
-    conspicuous: float = 0.67
+    conspicuous: float = 0.65
     seed: int = 0
 
     def __post_init__(self) -> None:

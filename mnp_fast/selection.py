@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .exposure import OffsetExposure, WeightExposure
 
 MAX_POINTS = 100
-CONSPICUOUS_LIMITS = 3  # factor on `max_pruned` and `max_drop` where the suspect is conspicuous
+CONSPICUOUS_LIMITS = 2  # factor on `max_pruned` and `max_drop` where the suspect is conspicuous
 
 
 def pruning_order(neurons: dict[str, LayerNeurons]) -> list[PrunedNeuron]:

@@ -148,10 +148,10 @@ def test_choice_follows_the_settings():
     assert choose(points, DefenseConfig(max_exposed=39, max_drop=30), False).pruned == 4
 
 
-def test_a_conspicuous_suspect_may_cost_three_times_as_much():
+def test_a_conspicuous_suspect_may_cost_twice_as_much():
     points = curve((90, 100), (75, 0))
-    for allowed, pruned in ((5, 2), (4.9, 0)):
+    for allowed, pruned in ((7.5, 2), (7.4, 0)):
         assert choose(points, DefenseConfig(max_drop=allowed), True).pruned == pruned
-    for share, last in ((0.1, 3), (0.5, 10)):
+    for share, last in ((0.15, 3), (0.6, 10)):
         _, found = points_of(wide(10), conspicuous=True, max_pruned=share)
         assert found[-1].pruned == last
