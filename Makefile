@@ -9,7 +9,7 @@ BUILT = $(VENV)/.built
 SOURCES = $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format wheel results clean
+.PHONY: help demo test lint format wheel results bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,10 @@ wheel: $(BUILT) ## build a wheel into wheels/
 
 results: $(BUILT) ## write docs/results.md; models without stored figures are run first
 	$(RUN)/python benchmarks/demo_results.py --run
+
+bench: $(BUILT) ## time layers and mask steps beside torch
+	$(RUN)/python -m benchmarks.run --suite layers
+	$(RUN)/python -m benchmarks.run --suite step
 
 clean: ## remove what was built
 	rm -rf $(VENV) build wheels out

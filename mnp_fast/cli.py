@@ -72,9 +72,9 @@ def demo(
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of training.")] = 20,
 ) -> None:
     """Train a backdoored network on real handwritten digits, defend it, show before and after."""
-    from .demo.run import run_demo
+    from .demo.run import checkpoint_path, run_demo
 
-    with _reported(out / "checkpoint.pt"):
+    with _reported(checkpoint_path(out, attack, seed, width, epochs)):
         run_demo(out, attack=attack, seed=seed, width=width, epochs=epochs, console=console)
 
 

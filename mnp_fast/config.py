@@ -87,8 +87,8 @@ class DefenseConfig:
     fit_batch_size: int = 25
     fit_lr: float = 0.05
     fit_momentum: float = 0.9
-    max_exposed: float = 5.0
-    max_pruned: float = 0.02
+    max_exposed: float = 8.0
+    max_pruned: float = 0.03
     max_drop: float = 3.0
     conspicuous: float = 0.65
     seed: int = 0

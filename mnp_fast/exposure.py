@@ -28,7 +28,7 @@ MARGIN = 2.0  # logits by which a searched offset shall make its class overtake 
 POOL = 3  # offsets kept: masks that stop only the last one found let earlier ones work again
 REACHED = 50.0  # percent of images that an offset must send to its class to count
 RIVALS = 4  # other suspects without which the size of an offset says nothing
-WIDENED = 1.25  # factor on the first offset in `success`: a cut shall stop more than was seen
+WIDENED = 1.5  # factor on the first offset in `success`: a cut shall stop more than was seen
 
 
 class WeightExposure:

@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 POISON_RATE = 0.1
 
 
+def checkpoint_path(out: Path, attack: str, seed: int, width: int, epochs: int) -> Path:
+    """Where the defense of these settings can be resumed; other settings have another file."""
+    return out / f"checkpoint-{attack}-{seed}-{width}-{epochs}.pt"
+
+
 def run_demo(
     out: Path,
     *,
@@ -74,7 +79,7 @@ def run_demo(
     save_weights(model.state_dict(), out / "model.safetensors")
     before = _measure(model, digits, trigger)
 
-    checkpoint = out / "checkpoint.pt"
+    checkpoint = checkpoint_path(out, attack, seed, width, epochs)
     result = defend(
         model, digits.clean, DefenseConfig(seed=seed), checkpoint=checkpoint, console=console
     )
