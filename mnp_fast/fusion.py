@@ -79,43 +79,53 @@ class FusedForward:
         return {**self.__dict__, "_graph": None, "_tensors": [], "_seen": []}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not self._applies():
+        modules = list(self.root.modules())
+        if torch.compiler.is_compiling() or any(map(_differs, modules[1:])) or self.root.training:
             return type(self.root).forward(self.root, *args, **kwargs)
-        return self._current()(*args, **kwargs)
+        return self._current(modules)(*args, **kwargs)
 
     def blocks(self) -> list[tuple[str, ...]]:
         """Names of the convolution and norm of every block, in the order they run."""
         return [
             tuple(str(part.target) for part in node.args[:2] if isinstance(part, fx.Node))
-            for node in self._current().graph.nodes
+            for node in self._current(list(self.root.modules())).graph.nodes
             if node.target is run_block
         ]
 
-    def _applies(self) -> bool:
-        return not self.root.training and not any(
-            module.training
-            or module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            for module in self.root.modules()
-            if module is not self.root  # its own hooks run around this call
-        )
-
-    def _current(self) -> fx.GraphModule:
+    def _current(self, modules: list[nn.Module]) -> fx.GraphModule:
         """The graph, built anew where modules or tensors of the root were replaced."""
-        seen = self._identities()
-        if self._graph is None or seen != self._seen:
-            graph = Tracer().trace(self.root)
+        if self._graph is None or self._identities(modules) != self._seen:
+            graph = _traced(self.root)
             self._tensors = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
             _fuse(graph, self.root, self.algorithm)
             self._graph = fx.GraphModule(self.root, graph)
-            self._seen = self._identities()
+            self._seen = self._identities(modules)
         return self._graph
 
-    def _identities(self) -> list[int]:
+    def _identities(self, modules: list[nn.Module]) -> list[int]:
         tensors = [operator.attrgetter(name)(self.root) for name in self._tensors]
-        return [id(part) for part in (*self.root.modules(), *tensors)]
+        return [id(part) for part in (*modules, *tensors)]
+
+
+def _differs(module: nn.Module) -> bool:
+    """Whether a graph would leave out what a module inside the model does."""
+    return bool(
+        module.training
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _traced(model: nn.Module) -> fx.Graph:
+    """The graph in eval mode: `training` is read, and kept, by a trace."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        return Tracer().trace(model.eval())
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def fuse_blocks(masked: nn.Module, algorithm: str) -> None:
@@ -123,15 +133,10 @@ def fuse_blocks(masked: nn.Module, algorithm: str) -> None:
     if "forward" in vars(masked):
         return
     forward = FusedForward(masked, algorithm)
-    modes = {module: module.training for module in masked.modules()}
     try:
-        masked.eval()  # `training` is read, and kept, by a trace
         blocks = forward.blocks()
     except Exception:
         return  # as in `data_flow`: a trace may fail in any way
-    finally:
-        for module, training in modes.items():
-            module.training = training
     if blocks:
         masked.forward = forward
 

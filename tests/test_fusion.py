@@ -69,7 +69,7 @@ def test_float32_of_a_whole_network(algorithm):
 
 
 def functions_left(masked):
-    graph = vars(masked)["forward"]._current().graph
+    graph = vars(masked)["forward"]._current(list(masked.modules())).graph
     return [node.target for node in graph.nodes if node.op not in ("placeholder", "get_attr")]
 
 
@@ -85,6 +85,11 @@ def test_a_residual_block_is_two_operators():
 def test_pre_activation_blocks():
     masked = mnp_fast.wrap(PreActivation().eval())
     assert fused_blocks(masked) == [("stem",), ("bn1",), ("conv1", "bn2"), ("conv2",)]
+
+
+class Dropped(nn.Module):
+    def forward(self, x):
+        return F.dropout(x, 0.5, self.training)
 
 
 class Odd(nn.Module):
@@ -176,9 +181,21 @@ def test_train_mode_is_the_model_s_own():
     assert_equal(fused, apart, x)
     for name, value in fused.state_dict().items():
         torch.testing.assert_close(value, apart.state_dict()[name])
-    fused.eval()
-    fused.bn1.train()
-    assert not fused.forward._applies()
+    for masked in (fused, apart):
+        masked.eval()
+        masked.bn1.train()  # one module is enough
+    assert_equal(fused, apart, x)
+    for masked in (fused, apart):
+        torch.testing.assert_close(masked.bn1.running_mean, apart.bn1.running_mean)
+
+
+def test_a_trace_is_made_in_eval_mode():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Dropped())
+    fused, apart = build(model)
+    copied = copy.deepcopy(fused.train())
+    assert fused_blocks(copied) == [("0", "1")]
+    assert copied.training
+    assert_equal(copied.eval(), apart, inputs())
 
 
 def test_hooks_on_modules_run():
@@ -194,7 +211,6 @@ def test_hooks_on_modules_run():
         fused(inputs())
         assert seen == []
     fused.register_forward_hook(lambda *_: seen.append("root"))
-    assert fused.forward._applies()
     fused(inputs())
     assert seen == ["root"]
 
