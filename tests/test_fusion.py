@@ -190,7 +190,7 @@ def test_train_mode_is_the_model_s_own():
 
 
 def test_a_trace_is_made_in_eval_mode():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Dropped())
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Dropped(), nn.Conv2d(4, 2, 3))
     fused, apart = build(model)
     copied = copy.deepcopy(fused.train())
     assert fused_blocks(copied) == [("0", "1")]
