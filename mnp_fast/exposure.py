@@ -152,7 +152,10 @@ class OffsetExposure:
         self.offsets = [offset.to(device) for offset in state["offsets"]]
 
     def _shifted(self, images: Tensor, offset: Tensor) -> Tensor:
-        return (images + offset).clamp(self.low, self.high)
+        # Not clamp: torch 2.14 stops its gradient at the bounds, where backgrounds often are.
+        shifted = images + offset
+        shifted = torch.where(shifted < self.low, self.low, shifted)
+        return torch.where(shifted > self.high, self.high, shifted)
 
     def _mean_square(self, offset: Tensor) -> Tensor:
         return (offset / self.reach).square().mean()
