@@ -117,7 +117,7 @@ def mask_step(width: int, size: int, batch: int) -> Case:
             OURS: our_step(ours, x, labels),
         },
         gradients(exact, x.double(), labels),
-        limit=1e-4,  # of gradients through twenty layers
+        limit=5e-3,  # rounding flips ReLUs near 0, in torch as here
         different=frozenset({"torch, public style"}),
     )
 

@@ -328,6 +328,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     x, weight, mask, scale, shift, bias, _residual, *geometry, activation, keep_u = inputs[:-1]
     y, u = output
     ctx.mark_non_differentiable(u)
+    ctx.set_materialize_grads(False)  # else a tensor of zeros as large as u is made each time
     ctx.geometry, ctx.algorithm = geometry, inputs[-1]
     ctx.relu, ctx.keep_u = activation == "relu", keep_u
     ctx.save_for_backward(
@@ -342,7 +343,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     )
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 14
     x, weight, y, u, mask, scale, shift, bias = ctx.saved_tensors
     need_x, need_weight, *need_vectors, need_residual = ctx.needs_input_grad[:7]
     if (need_vectors[0] or need_vectors[1]) and not ctx.keep_u:
