@@ -27,6 +27,21 @@ inline void store(T* p, typename VecOf<T>::type v) {
   *reinterpret_cast<typename VecOf<T>::unaligned*>(p) = v;
 }
 
+// The first `count` elements, if there are fewer than lanes.
+template <class T>
+inline Vec<T> load_some(const T* p, int64_t count) {
+  if (count >= VecOf<T>::lanes) return load<T>(p);
+  Vec<T> v{};
+  for (int64_t j = 0; j < count; ++j) v[j] = p[j];
+  return v;
+}
+
+template <class T>
+inline void store_some(T* p, Vec<T> v, int64_t count) {
+  if (count >= VecOf<T>::lanes) return store<T>(p, v);
+  for (int64_t j = 0; j < count; ++j) p[j] = v[j];
+}
+
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 // NaN goes through, as in torch.
 template <class T>

@@ -71,41 +71,41 @@ constexpr int64_t kStrip = 64;
 
 template <class T>
 void epilogue_grad_strip(const EpilogueGrad<T>& a, int64_t n, int64_t first, int64_t count) {
+  constexpr int64_t L = VecOf<T>::lanes;
   const NeuronLayout& layout = a.layout;
-  T gain[kStrip], total[3][kStrip] = {};
-  for (int64_t j = 0; j < count; ++j)
-    gain[j] = a.mask[n * a.mask_stride + first + j] * a.scale[first + j];
-  const T* scale = a.scale + first;
-  const T* shift = a.shift + first;
+  const int64_t vectors = (count + L - 1) / L;
+  Vec<T> scale[kStrip / L], shift[kStrip / L], gain[kStrip / L], total[3][kStrip / L] = {};
+  for (int64_t v = 0; v < vectors; ++v) {
+    const int64_t k = first + v * L, left = count - v * L;
+    scale[v] = load_some<T>(a.scale + k, left);
+    shift[v] = load_some<T>(a.shift + k, left);
+    gain[v] = load_some<T>(a.mask + n * a.mask_stride + k, left) * scale[v];
+  }
   for (int64_t start = 0; start < layout.inner; start += kPartial) {
-    T part[3][kStrip] = {};
-    for (int64_t i = start; i < min(layout.inner, start + kPartial); ++i) {
-      const int64_t at = (n * layout.inner + i) * layout.neurons + first;
-      T dz[kStrip];
-      if (a.y)
-        for (int64_t j = 0; j < count; ++j) dz[j] = a.y[at + j] <= 0 ? T(0) : a.grad[at + j];
-      else
-        for (int64_t j = 0; j < count; ++j) dz[j] = a.grad[at + j];
-      if (a.dz)
-        for (int64_t j = 0; j < count; ++j) a.dz[at + j] = dz[j];
-      if (a.g)
-        for (int64_t j = 0; j < count; ++j) a.g[at + j] = dz[j] * gain[j];
-      if (!a.sums) continue;
-      for (int64_t j = 0; j < count; ++j) part[0][j] += dz[j];
-      if (a.u)
-        for (int64_t j = 0; j < count; ++j) {
-          const T u = a.u[at + j];
-          part[1][j] += dz[j] * (scale[j] * u + shift[j]);
-          part[2][j] += dz[j] * u;
-        }
-    }
+    Vec<T> part[3][kStrip / L] = {};
+    for (int64_t i = start; i < min(layout.inner, start + kPartial); ++i)
+      for (int64_t v = 0; v < vectors; ++v) {
+        const int64_t left = count - v * L;
+        const int64_t at = (n * layout.inner + i) * layout.neurons + first + v * L;
+        Vec<T> dz = load_some<T>(a.grad + at, left);
+        if (a.y) dz = load_some<T>(a.y + at, left) <= T(0) ? Vec<T>{} : dz;
+        if (a.dz) store_some<T>(a.dz + at, dz, left);
+        if (a.g) store_some<T>(a.g + at, dz * gain[v], left);
+        if (!a.sums) continue;
+        part[0][v] += dz;
+        if (!a.u) continue;
+        const Vec<T> u = load_some<T>(a.u + at, left);
+        part[1][v] += dz * (scale[v] * u + shift[v]);
+        part[2][v] += dz * u;
+      }
     for (int s = 0; s < 3; ++s)
-      for (int64_t j = 0; j < count; ++j) total[s][j] += part[s][j];
+      for (int64_t v = 0; v < vectors; ++v) total[s][v] += part[s][v];
   }
   if (a.sums)
     for (int s = 0; s < 3; ++s)
-      for (int64_t j = 0; j < count; ++j)
-        a.sums[(s * layout.batch + n) * layout.neurons + first + j] = total[s][j];
+      for (int64_t v = 0; v < vectors; ++v)
+        store_some<T>(a.sums + (s * layout.batch + n) * layout.neurons + first + v * L, total[s][v],
+                      count - v * L);
 }
 
 template <class T>

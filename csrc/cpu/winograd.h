@@ -25,20 +25,6 @@ inline int64_t tile_stride(int64_t depth) {
   return lanes_up<T>(depth) + kSkew;
 }
 
-template <class T>
-inline Vec<T> load_some(const T* p, int64_t count) {
-  if (count >= VecOf<T>::lanes) return load<T>(p);
-  Vec<T> v{};
-  for (int64_t j = 0; j < count; ++j) v[j] = p[j];
-  return v;
-}
-
-template <class T>
-inline void store_some(T* p, Vec<T> v, int64_t count) {
-  if (count >= VecOf<T>::lanes) return store<T>(p, v);
-  for (int64_t j = 0; j < count; ++j) p[j] = v[j];
-}
-
 // G, whose rows carry the divisors that Bt is then free of.
 template <class T>
 inline void transform_weight(const Vec<T>* w, int64_t step, Vec<T>* out, int64_t out_step) {
