@@ -46,17 +46,26 @@ int64_t panels_size(int64_t taps, int64_t depth, int64_t width) {
 }
 
 template <class T>
+int64_t panels_count(int64_t width) {
+  return Panels<T>{width}.count();
+}
+
+template <class T>
 void pack_panels(const T* source, int64_t stride_j, int64_t stride_q, int64_t stride_d,
-                 const int64_t* tap_index, int64_t taps, int64_t depth, int64_t width, T* panels) {
+                 const int64_t* tap_index, int64_t taps, int64_t depth, int64_t width,
+                 int64_t begin, int64_t end, T* panels) {
   const Panels<T> shape{width};
-  for (int64_t p = 0; p < shape.count(); ++p) {
+  for (int64_t p = begin; p < end; ++p) {
     const T* first = source + p * shape.kWide * stride_j;
     const int64_t lanes = shape.lanes(p), used = shape.used(p);
-    for (int64_t q = 0; q < taps; ++q)
-      for (int64_t d = 0; d < depth; ++d, panels += lanes) {
+    T* panel = panels + p * shape.kWide * taps * depth;
+    // Taps innermost: they lie side by side in contiguous weights.
+    for (int64_t d = 0; d < depth; ++d)
+      for (int64_t q = 0; q < taps; ++q) {
         const T* from = first + tap_index[q] * stride_q + d * stride_d;
-        for (int64_t j = 0; j < used; ++j) panels[j] = from[j * stride_j];
-        for (int64_t j = used; j < lanes; ++j) panels[j] = 0;
+        T* to = panel + (q * depth + d) * lanes;
+        for (int64_t j = 0; j < used; ++j) to[j] = from[j * stride_j];
+        for (int64_t j = used; j < lanes; ++j) to[j] = 0;
       }
   }
 }

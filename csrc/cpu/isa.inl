@@ -63,16 +63,13 @@ inline double sqrt(double x) { return __builtin_sqrt(x); }
 
 template <class T>
 constexpr Kernels<T> make_kernels() {
-  return {panels_size<T>,         pack_panels<T>,
-          gather_scratch,         gather_gemm<T>,
-          weight_grad_units<T>,   weight_grad_scratch<T>,
-          weight_grad<T>,         kRows,
-          epilogue_forward<T>,    epilogue_grad<T>,
-          magnitude<T>,           mask_update<T>,
-          winograd_block<T>,      winograd_groups<T>,
-          winograd_group_size<T>, winograd_pack<T>,
-          winograd_tiles<T>,      winograd_input_size<T>,
-          winograd_input<T>,      winograd_product_size<T>,
+  return {panels_size<T>,         panels_count<T>,   pack_panels<T>,
+          gather_scratch,         gather_gemm<T>,    weight_grad_units<T>,
+          weight_grad_scratch<T>, weight_grad<T>,    kRows,
+          epilogue_forward<T>,    epilogue_grad<T>,  magnitude<T>,
+          mask_update<T>,         winograd_block<T>, winograd_groups<T>,
+          winograd_group_size<T>, winograd_pack<T>,  winograd_tiles<T>,
+          winograd_input_size<T>, winograd_input<T>, winograd_product_size<T>,
           winograd_output<T>};
 }
 

@@ -109,12 +109,14 @@ struct MaskUpdate {
 
 template <class T>
 struct Kernels {
-  // Elements that pack_panels writes for one group.
+  // Elements that pack_panels writes for all panels of one group, and how many panels that are.
   int64_t (*panels_size)(int64_t taps, int64_t depth, int64_t width);
+  int64_t (*panels_count)(int64_t width);
+  // Panels [begin, end) of a group's `panels`.
   // Weight j, tap q, channel d is source[j * stride_j + tap_index[q] * stride_q + d * stride_d].
   void (*pack_panels)(const T* source, int64_t stride_j, int64_t stride_q, int64_t stride_d,
                       const int64_t* tap_index, int64_t taps, int64_t depth, int64_t width,
-                      T* panels);
+                      int64_t begin, int64_t end, T* panels);
   // Pointers of scratch that one gather_gemm call needs.
   int64_t (*gather_scratch)(int64_t taps);
   // Grid pixels [begin, end) of batch * rows * cols.

@@ -184,13 +184,18 @@ std::unique_ptr<T[]> pack(const Conv& conv, const Tensor& weight, const Taps& ta
   const int64_t stride_k = weight.stride(0), stride_c = weight.stride(1);
   const int64_t stride_tap = conv.kw > 1 ? weight.stride(3) : weight.stride(2);
   auto panels = buffer<T>(size * conv.groups);
-  torch::stable::parallel_for(0, conv.groups, grain(size), [&](int64_t begin, int64_t end) {
-    for (int64_t g = begin; g < end; ++g)
-      kernels.pack_panels(data<T>(weight) + g * conv.group_out() * stride_k,
-                          transposed ? stride_c : stride_k, stride_tap,
-                          transposed ? stride_k : stride_c, taps.index.data(), count, depth, width,
-                          panels.get() + g * size);
-  });
+  const int64_t parts = kernels.panels_count(width);
+  torch::stable::parallel_for(0, conv.groups * parts, grain(size / std::max<int64_t>(1, parts)),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t i = begin; i < end; ++i) {
+                                  const int64_t g = i / parts, p = i % parts;
+                                  kernels.pack_panels(
+                                      data<T>(weight) + g * conv.group_out() * stride_k,
+                                      transposed ? stride_c : stride_k, stride_tap,
+                                      transposed ? stride_k : stride_c, taps.index.data(), count,
+                                      depth, width, p, p + 1, panels.get() + g * size);
+                                }
+                              });
   return panels;
 }
 
