@@ -112,7 +112,7 @@ def mask_step(width: int, size: int, batch: int) -> Case:
     return Case(
         f"mask step, ResNet-18 width {width}, {size}x{size}, batch {batch}",
         {
-            "torch, public style": plain_step(public, x, labels, everything=True),
+            "torch, public style": plain_step(public, x, labels),
             "torch, frozen and folded": plain_step(best, x.to(memory_format=LAST), labels),
             OURS: our_step(ours, x, labels),
         },
@@ -140,8 +140,8 @@ def gradients(model: nn.Module, x: Tensor, labels: Tensor) -> Tensors:
     return tuple(grad.flatten() for grad in grads)
 
 
-def plain_step(model: nn.Module, x: Tensor, labels: Tensor, everything: bool = False) -> Function:
-    """A step of plain torch; with `everything`, weights' gradients are computed as well."""
+def plain_step(model: nn.Module, x: Tensor, labels: Tensor) -> Function:
+    """A step of plain torch; weights that are not frozen get gradients as well."""
     parameters = mask_parameters(model)
     optimizer = torch.optim.SGD(parameters, LR, MOMENTUM)
 

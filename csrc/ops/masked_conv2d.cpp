@@ -80,13 +80,23 @@ Tensor even_taps(const Tensor& weight) {
   return even ? weight : torch::stable::contiguous(weight);
 }
 
+constexpr std::align_val_t kLine{64};
+
+struct Free {
+  void operator()(void* p) const { ::operator delete(p, kLine); }
+};
+
+// Uninitialized memory, aligned to cache lines.
 template <class T>
-std::unique_ptr<T[]> buffer(int64_t size) {
-  return std::unique_ptr<T[]>(new T[std::max<int64_t>(1, size)]);
+using Buffer = std::unique_ptr<T[], Free>;
+
+template <class T>
+Buffer<T> buffer(int64_t size) {
+  return Buffer<T>(static_cast<T*>(::operator new(size * sizeof(T), kLine)));
 }
 
-// Whether Winograd's F(4x4, 3x3) is to compute an image of rows x cols. Measured with one thread on
-// AVX2: from 16 channels, 8 tiles and 10 outputs a tile on it is 1.0 to 2.5 times as fast.
+// Whether Winograd's F(4x4, 3x3) is to compute an image of rows x cols: where it was no slower,
+// measured with one thread on AVX2.
 bool use_winograd(const char* op, const Conv& conv, const std::string& algorithm, ScalarType type,
                   int64_t rows, int64_t cols) {
   MNP_CHECK(algorithm == "auto" || algorithm == "direct" || algorithm == "winograd4", op,
@@ -104,22 +114,6 @@ bool use_winograd(const char* op, const Conv& conv, const std::string& algorithm
   return possible && type == ScalarType::Float && conv.c >= 16 && conv.k >= 16 && tiles >= 8 &&
          conv.n * rows * cols >= 10 * tiles;
 }
-
-// Uninitialized and aligned to cache lines.
-template <class T>
-class Workspace {
- public:
-  explicit Workspace(int64_t size)
-      : data_(static_cast<T*>(::operator new(size * sizeof(T), kLine))) {}
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  ~Workspace() { ::operator delete(data_, kLine); }
-  T* get() const { return data_; }
-
- private:
-  static constexpr std::align_val_t kLine{64};
-  T* data_;
-};
 
 // Runs `a` with the convolution's weights, for a gradient of the input turned and transposed.
 template <class T>
@@ -140,13 +134,13 @@ void run_winograd(cpu::Winograd<T>& a, const Tensor& weight, bool transposed) {
   const int64_t products = kernels.winograd_product_size(block);
   if (tiles <= a.width) {
     // Fewer inputs than weights: those are kept, and each group's weights are packed where used.
-    const Workspace<T> inputs(kernels.winograd_input_size(a.depth, tiles));
+    const auto inputs = buffer<T>(kernels.winograd_input_size(a.depth, tiles));
     torch::stable::parallel_for(0, tiles, grain(36 * a.depth), [&](int64_t begin, int64_t end) {
       kernels.winograd_input(a, begin, end, inputs.get(), begin, tiles);
     });
     torch::stable::parallel_for(
         0, groups, grain(tile_cost * tiles / groups), [&](int64_t begin, int64_t end) {
-          const Workspace<T> packed(group_size), scratch(products);
+          const auto packed = buffer<T>(group_size), scratch = buffer<T>(products);
           for (int64_t g = begin; g < end; ++g) {
             pack(g, packed.get());
             for (int64_t t = 0; t < tiles; t += block)
@@ -156,12 +150,13 @@ void run_winograd(cpu::Winograd<T>& a, const Tensor& weight, bool transposed) {
         });
     return;
   }
-  const Workspace<T> packed(groups * group_size);
+  const auto packed = buffer<T>(groups * group_size);
   torch::stable::parallel_for(0, groups, grain(100 * a.depth), [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) pack(g, packed.get() + g * group_size);
   });
   torch::stable::parallel_for(0, blocks, grain(tile_cost * block), [&](int64_t begin, int64_t end) {
-    const Workspace<T> inputs(kernels.winograd_input_size(a.depth, block)), scratch(products);
+    const auto inputs = buffer<T>(kernels.winograd_input_size(a.depth, block));
+    const auto scratch = buffer<T>(products);
     for (int64_t b = begin; b < end; ++b) {
       const int64_t first = b * block, last = std::min(tiles, first + block);
       kernels.winograd_input(a, first, last, inputs.get(), 0, block);
@@ -174,8 +169,7 @@ void run_winograd(cpu::Winograd<T>& a, const Tensor& weight, bool transposed) {
 
 // Packs the weights of all groups; `transposed` swaps the roles of input and output channels.
 template <class T>
-std::unique_ptr<T[]> pack(const Conv& conv, const Tensor& weight, const Taps& taps,
-                          bool transposed) {
+Buffer<T> pack(const Conv& conv, const Tensor& weight, const Taps& taps, bool transposed) {
   const auto& kernels = cpu::kernels_of<T>();
   const int64_t count = static_cast<int64_t>(taps.index.size());
   const int64_t depth = transposed ? conv.group_out() : conv.group_in();
@@ -390,7 +384,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
   Tensor sums = need_sums ? empty({3, conv.n, conv.k}, type) : empty({0}, type);
   with_type(type, [&](auto zero) {
     using T = decltype(zero);
-    std::unique_ptr<T[]> g;
+    Buffer<T> g;
     if (need_x || need_weight) g = buffer<T>(grad.numel() + cpu::kernels_of<T>().grad_slack);
     cpu::EpilogueGrad<T> e{};
     e.layout = {conv.n, conv.k, conv.oh * conv.ow, true};

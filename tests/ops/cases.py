@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -106,3 +107,16 @@ def assert_same_grads(
         assert mine.grad.shape == leaf.grad.shape, name
         assert mine.grad.dtype == mine.dtype, name
         assert relative_error(mine.grad, leaf.grad) <= tolerance, name
+
+
+def assert_same_bits(compute: Callable[[], tuple[Tensor, ...]], counts: tuple[int, ...]) -> None:
+    """The results must not depend on the number of threads."""
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            results.append(compute())
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -10,6 +10,7 @@ from .cases import (
     CONVS,
     VECTORS,
     Conv,
+    assert_same_bits,
     assert_same_grads,
     conv_inputs,
     random_mask,
@@ -200,17 +201,12 @@ def test_nan_and_infinity_go_through():
 def test_same_bits_whatever_the_number_of_threads():
     conv = Conv(4, 24, 13, 13, 40)
     inputs = require_grad(conv_inputs(conv, torch.float32))
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            y = masked_conv2d(**inputs, **conv.geometry, activation="relu")
-            results.append((y, *torch.autograd.grad(y.square().sum(), list(inputs.values()))))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def compute():
+        y = masked_conv2d(**inputs, **conv.geometry, activation="relu")
+        return y, *torch.autograd.grad(y.square().sum(), list(inputs.values()))
+
+    assert_same_bits(compute, (1, 2, 3))
 
 
 def test_compiles_without_graph_breaks():

@@ -8,7 +8,15 @@ import torch
 from mnp_fast import _C
 from mnp_fast.ops import masked_conv2d
 
-from .cases import CONVS, Conv, conv_inputs, random_mask, relative_error, require_grad
+from .cases import (
+    CONVS,
+    Conv,
+    assert_same_bits,
+    conv_inputs,
+    random_mask,
+    relative_error,
+    require_grad,
+)
 from .test_conv import compare
 
 # float64: 100 times the rounding of a sum of a few hundred products; half types: their own.
@@ -151,17 +159,12 @@ def test_opcheck(channels_last):
 @pytest.mark.parametrize("conv", [Conv(4, 24, 13, 13, 40), Conv(3, 30, 5, 6, 100)], ids=str)
 def test_same_bits_whatever_the_number_of_threads(conv):
     inputs = require_grad(conv_inputs(conv, torch.float32))
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3, 5):
-            torch.set_num_threads(count)
-            y = masked_conv2d(**inputs, **conv.geometry, activation="relu", algorithm="winograd4")
-            results.append((y, *torch.autograd.grad(y.square().sum(), list(inputs.values()))))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def compute():
+        y = masked_conv2d(**inputs, **conv.geometry, activation="relu", algorithm="winograd4")
+        return y, *torch.autograd.grad(y.square().sum(), list(inputs.values()))
+
+    assert_same_bits(compute, (1, 2, 3, 5))
 
 
 def test_a_sample_does_not_depend_on_its_neighbours():
