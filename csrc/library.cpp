@@ -5,6 +5,7 @@
 
 #include "cpu/dispatch.h"
 #include "ops/ops.h"
+#include "ops/workspace.h"
 
 STABLE_TORCH_LIBRARY(mnp_fast, m) {
   m.def(
@@ -45,4 +46,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("instruction_sets_built") = mnp::cpu::built_instruction_sets();
   m.attr("instruction_sets_usable") = mnp::cpu::usable_instruction_sets();
   m.attr("instruction_set") = mnp::cpu::kernels().name;
+  m.def("set_memory_budget", &mnp::ops::set_memory_budget);
+  m.def("memory_budget", &mnp::ops::memory_budget);
 }

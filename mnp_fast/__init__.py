@@ -5,6 +5,7 @@ from . import ops, reference
 from .config import DefenseConfig
 from .defend import defend
 from .info import build_info
+from .memory import memory_budget, set_memory_budget
 from .result import DefenseResult
 from .wrap import masks, unwrap, wrap
 
@@ -14,8 +15,10 @@ __all__ = [
     "build_info",
     "defend",
     "masks",
+    "memory_budget",
     "ops",
     "reference",
+    "set_memory_budget",
     "unwrap",
     "wrap",
 ]

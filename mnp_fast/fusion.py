@@ -25,7 +25,7 @@ from .layers import (
     padded,
 )
 from .ops import masked_affine, masked_conv2d
-from .ops.conv import allows_winograd, output_size
+from .ops.conv import allows, output_size
 
 _CONVS = (nn.Conv2d, MaskedConv2d)
 _NORMS = (nn.BatchNorm2d, MaskedBatchNorm2d)
@@ -294,10 +294,10 @@ def _fuse(graph: fx.Graph, root: nn.Module, algorithm: str) -> None:
 def _replace(graph: fx.Graph, block: _Block, modules: dict[str, nn.Module], algorithm: str) -> None:
     first, last = block.nodes[0], block.nodes[-1]
     x = first.args[0] if first.args else first.kwargs["input"]
-    if block.conv is not None and algorithm == "winograd4":
+    if block.conv is not None:
         conv = modules[str(block.conv.target)]
         assert isinstance(conv, nn.Conv2d)
-        algorithm = algorithm if allows_winograd(conv) else "auto"
+        algorithm = algorithm if allows(conv, algorithm) else "auto"
     with graph.inserting_before(last):
         parts = [
             None if part is None else graph.get_attr(str(part.target))

@@ -10,7 +10,7 @@ from torch import nn
 from .dataflow import WEIGHTED, data_flow
 from .fusion import FusedForward, fuse_blocks
 from .layers import MaskedBatchNorm2d, MaskedConv2d, MaskedLayer, MaskedLinear
-from .ops.conv import ALGORITHMS, allows_winograd
+from .ops.conv import ALGORITHMS, allows
 
 SITES = ("auto", "neuron", "norm", "filter")
 _MASKED: dict[type[nn.Module], type[MaskedLayer]] = {
@@ -45,7 +45,7 @@ def wrap(
         Inputs to run the model on, needed only where it cannot be traced symbolically.
     algorithm
         What the masked convolutions compute with, as in `mnp_fast.ops.masked_conv2d`;
-        `"winograd4"` where a convolution allows it, else `"auto"`.
+        `"winograd2"` and `"winograd4"` where a convolution allows it, else `"auto"`.
     fuse
         Whether a convolution, its norm, an addition and a ReLU run as one operator in eval mode,
         where the model can be traced symbolically. What its `forward` decides by attributes of
@@ -89,9 +89,7 @@ def wrap(
         if chosen is not None:
             layer = _MASKED[type(module)].adopt(module, chosen)
             layer.weight_owner = flow.norm_inputs.get(name, "")
-            if isinstance(layer, MaskedConv2d) and (
-                algorithm != "winograd4" or allows_winograd(layer)
-            ):
+            if isinstance(layer, MaskedConv2d) and (allows(layer, algorithm)):
                 layer.algorithm = algorithm
     if not masks(masked):
         kinds = ", ".join(cls.__name__ for cls in _MASKED)

@@ -57,20 +57,32 @@ inline double abs(double x) { return __builtin_fabs(x); }
 inline float sqrt(float x) { return __builtin_sqrtf(x); }
 inline double sqrt(double x) { return __builtin_sqrt(x); }
 
-#include "gemm.h"
+// clang-format off: each uses those above it.
+#include "product.h"
+#include "epilogue.h"
+#include "direct.h"
+#include "depthwise.h"
+#include "weight_grad.h"
 #include "neurons.h"
 #include "winograd.h"
+// clang-format on
+
+template <class F, class T = typename F::T>
+constexpr WinogradKernels<T> make_winograd() {
+  return {winograd_block<F>,        winograd_group_size<F>, winograd_pack<F>,
+          winograd_tiles<F>,        winograd_input_size<F>, winograd_input<F>,
+          winograd_product_size<F>, winograd_output<F>};
+}
 
 template <class T>
 constexpr Kernels<T> make_kernels() {
-  return {panels_size<T>,         panels_count<T>,   pack_panels<T>,
-          gather_scratch,         gather_gemm<T>,    weight_grad_units<T>,
-          weight_grad_scratch<T>, weight_grad<T>,    kRows,
-          epilogue_forward<T>,    epilogue_grad<T>,  magnitude<T>,
-          mask_update<T>,         winograd_block<T>, winograd_groups<T>,
-          winograd_group_size<T>, winograd_pack<T>,  winograd_tiles<T>,
-          winograd_input_size<T>, winograd_input<T>, winograd_product_size<T>,
-          winograd_output<T>};
+  return {panels_size<T>,           panels_count<T>,      pack_panels<T>,
+          gather_scratch<T>,        gather_gemm<T>,       depthwise<T>,
+          depthwise_weight_grad<T>, weight_grad_units<T>, weight_grad_scratch<T>,
+          weight_grad<T>,           merged_groups<T>,     skewed<T>,
+          epilogue_forward<T>,      epilogue_grad<T>,     magnitude<T>,
+          mask_update<T>,           winograd_groups<T>,   make_winograd<F2<T>>(),
+          make_winograd<F4<T>>()};
 }
 
 }  // namespace

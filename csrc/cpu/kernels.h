@@ -21,14 +21,24 @@ struct Epilogue {
   bool relu;
 };
 
+// Weights as a matrix product reads them: panels of [tap][depth][lanes] outputs. Weight j, tap q,
+// channel d of a group is source[j * stride_j + tap_index[q] * stride_q + d * stride_d]. `merged`
+// narrow groups, stride_group apart, become a wide one with zeros between them.
+template <class T>
+struct PackPanels {
+  const T* source;
+  int64_t merged, stride_group, stride_j, stride_q, stride_d;
+  const int64_t* tap_index;
+  int64_t taps, depth, width;
+};
+
 // Output pixels of a convolution as a matrix product whose rows are gathered from the input:
 // out[p][j] = sum over taps q and channels d of input[p * step + tap q][d] * panel[q][d][j].
 // A forward pass is one of these; a gradient of the input is one for each phase of the stride.
 template <class T>
 struct GatherGemm {
-  const T* input;  // NHWC
-  int64_t in_h, in_w, in_channels;
-  const T* zeros;  // depth zeros, read where a tap falls outside the input
+  const T* input;  // NHWC, in_stride elements from a pixel to the next
+  int64_t in_h, in_w, in_stride;
   int64_t groups;
   int64_t depth;    // input channels of a group
   int64_t width;    // output channels of a group
@@ -43,13 +53,14 @@ struct GatherGemm {
   int64_t out_step_h, out_step_w;      // (out_origin_h + i * out_step_h,
   int64_t out_origin_h, out_origin_w;  //  out_origin_w + j * out_step_w)
   const Epilogue<T>* epilogue;         // null: the product itself
+  int64_t l1, l2;                      // bytes of the first and second cache
 };
 
-// A 3x3 convolution with stride 1 as Winograd's F(4x4, 3x3), in tiles of 4x4 outputs.
+// A 3x3 convolution with stride 1 in Winograd's tiles.
 template <class T>
 struct Winograd {
-  const T* input;  // NHWC, depth channels
-  int64_t batch, in_h, in_w, depth;
+  const T* input;  // NHWC, in_stride elements from a pixel to the next, depth of them channels
+  int64_t batch, in_h, in_w, in_stride, depth;
   int64_t padding_h, padding_w;  // may be negative: rows and columns that are not read
   const T* zeros;                // depth zeros, read where a tile reaches outside the input
   T* output;                     // NHWC, width channels
@@ -60,16 +71,19 @@ struct Winograd {
 // dW[k][d][tap] = sum over output pixels of grad[p][k] * x[p at tap][d].
 template <class T>
 struct WeightGrad {
-  const T* grad;   // NHWC (batch, rows, cols, groups * width), readable slack() past its end
-  const T* input;  // NHWC
+  const T* grad;        // NHWC (batch, rows, cols, groups * width)
+  int64_t grad_stride;  // from a pixel to the next
+  const T* input;       // NHWC
   int64_t batch, rows, cols;
   int64_t in_h, in_w, in_channels;
   int64_t groups, depth, width;
+  int64_t merged;  // groups that one of these is made of, each with depth / merged channels
   int64_t taps;
   const int64_t* tap_h;
   const int64_t* tap_w;
   int64_t step_h, step_w;
-  T* weight_grad;  // [groups * width][depth][taps]
+  T* weight_grad;  // [groups * width][depth / merged][taps]
+  int64_t l2;      // bytes of the second cache
 };
 
 // Elements (n, k, i) of a tensor with `inner` elements per neuron and sample:
@@ -93,7 +107,8 @@ struct EpilogueGrad {
   const T* shift;
   T* dz;
   T* g;
-  T* sums;  // [3][batch][neurons]
+  int64_t g_stride;  // channels last: from a pixel of g to the next
+  T* sums;           // [3][batch][neurons]
 };
 
 enum class Norm : int { l1, l2, linf };
@@ -108,26 +123,52 @@ struct MaskUpdate {
 };
 
 template <class T>
+struct WinogradKernels {
+  // Tiles to transform and multiply together, so that they stay in a second cache of l2 bytes.
+  int64_t (*block)(int64_t depth, int64_t l2);
+  // Elements of one group's packed weights.
+  int64_t (*group_size)(int64_t depth);
+  // Weight j, tap q, channel d is source[j * stride_j + q * stride_q + d * stride_d], or with
+  // tap 8 - q where `rotated`.
+  void (*pack)(const T* source, int64_t stride_j, int64_t stride_q, int64_t stride_d, bool rotated,
+               int64_t depth, int64_t width, int64_t group, T* packed);
+  int64_t (*tiles)(const Winograd<T>&);
+  // Elements of the transformed inputs of so many tiles.
+  int64_t (*input_size)(int64_t depth, int64_t tiles);
+  // Transforms tiles [begin, end) into rows [row, ...) of a buffer for `tiles` tiles.
+  void (*input)(const Winograd<T>&, int64_t begin, int64_t end, T* inputs, int64_t row,
+                int64_t tiles);
+  // Elements of scratch for the products of so many tiles.
+  int64_t (*product_size)(int64_t tiles);
+  // Writes one group's outputs of tiles [begin, end), whose inputs are at rows [row, ...).
+  void (*output)(const Winograd<T>&, int64_t begin, int64_t end, const T* inputs, int64_t row,
+                 int64_t tiles, int64_t group, const T* packed, T* products);
+};
+
+template <class T>
 struct Kernels {
   // Elements that pack_panels writes for all panels of one group, and how many panels that are.
   int64_t (*panels_size)(int64_t taps, int64_t depth, int64_t width);
   int64_t (*panels_count)(int64_t width);
-  // Panels [begin, end) of a group's `panels`.
-  // Weight j, tap q, channel d is source[j * stride_j + tap_index[q] * stride_q + d * stride_d].
-  void (*pack_panels)(const T* source, int64_t stride_j, int64_t stride_q, int64_t stride_d,
-                      const int64_t* tap_index, int64_t taps, int64_t depth, int64_t width,
-                      int64_t begin, int64_t end, T* panels);
-  // Pointers of scratch that one gather_gemm call needs.
-  int64_t (*gather_scratch)(int64_t taps);
+  // Panels [begin, end) of `panels`.
+  void (*pack_panels)(const PackPanels<T>&, int64_t begin, int64_t end, T* panels);
+  // Elements of scratch that one gather_gemm call needs.
+  int64_t (*gather_scratch)(const GatherGemm<T>&);
   // Grid pixels [begin, end) of batch * rows * cols.
-  void (*gather_gemm)(const GatherGemm<T>&, int64_t begin, int64_t end, const T** scratch);
-  // Independent units of work of a weight gradient, elements of scratch for one, and units [begin,
-  // end).
+  void (*gather_gemm)(const GatherGemm<T>&, int64_t begin, int64_t end, T* scratch);
+  // The same where depth and width are 1; the panels are [taps][groups].
+  void (*depthwise)(const GatherGemm<T>&, int64_t begin, int64_t end);
+  // Gradients of groups [begin, end) where depth and width are 1.
+  void (*depthwise_weight_grad)(const WeightGrad<T>&, int64_t begin, int64_t end);
+  // Independent units of work of a weight gradient, elements of scratch for so many, and units
+  // [begin, end).
   int64_t (*weight_grad_units)(const WeightGrad<T>&);
-  int64_t (*weight_grad_scratch)(const WeightGrad<T>&);
+  int64_t (*weight_grad_scratch)(const WeightGrad<T>&, int64_t units);
   void (*weight_grad)(const WeightGrad<T>&, int64_t begin, int64_t end, T* scratch);
-  // Elements past the end of WeightGrad::grad that are read and not used.
-  int64_t grad_slack;
+  // How many groups of so many outputs are best merged into one.
+  int64_t (*merged_groups)(int64_t groups, int64_t width);
+  // A distance between rows of so many elements at which they do not share cache sets.
+  int64_t (*row_stride)(int64_t size);
   // Rows [begin, end): batch * inner of channels_last layouts, batch * neurons of others.
   void (*epilogue_forward)(const NeuronLayout&, const Epilogue<T>&, const T* u, T* y, int64_t begin,
                            int64_t end);
@@ -138,26 +179,9 @@ struct Kernels {
   void (*magnitude)(const T* weight, int64_t size, Norm norm, T* out, int64_t begin, int64_t end);
   // Elements [begin, end).
   void (*mask_update)(const MaskUpdate<T>&, int64_t begin, int64_t end);
-  // Tiles to transform and multiply together, so that they stay in cache.
-  int64_t (*winograd_block)(int64_t depth);
-  // Output channels are multiplied in groups; elements of one group's packed weights.
+  // Groups of output channels that Winograd multiplies together.
   int64_t (*winograd_groups)(int64_t width);
-  int64_t (*winograd_group_size)(int64_t depth);
-  // Weight j, tap q, channel d is source[j * stride_j + q * stride_q + d * stride_d], or with
-  // tap 8 - q where `rotated`.
-  void (*winograd_pack)(const T* source, int64_t stride_j, int64_t stride_q, int64_t stride_d,
-                        bool rotated, int64_t depth, int64_t width, int64_t group, T* packed);
-  int64_t (*winograd_tiles)(const Winograd<T>&);
-  // Elements of the transformed inputs of so many tiles.
-  int64_t (*winograd_input_size)(int64_t depth, int64_t tiles);
-  // Transforms tiles [begin, end) into rows [row, ...) of a buffer for `tiles` tiles.
-  void (*winograd_input)(const Winograd<T>&, int64_t begin, int64_t end, T* inputs, int64_t row,
-                         int64_t tiles);
-  // Elements of scratch for the products of so many tiles.
-  int64_t (*winograd_product_size)(int64_t tiles);
-  // Writes one group's outputs of tiles [begin, end), whose inputs are at rows [row, ...).
-  void (*winograd_output)(const Winograd<T>&, int64_t begin, int64_t end, const T* inputs,
-                          int64_t row, int64_t tiles, int64_t group, const T* packed, T* products);
+  WinogradKernels<T> winograd2, winograd4;
 };
 
 struct KernelTable {

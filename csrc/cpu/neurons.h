@@ -8,7 +8,7 @@ void epilogue_forward(const NeuronLayout& layout, const Epilogue<T>& e, const T*
   if (layout.channels_last) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t at = r * layout.neurons;
-      apply_epilogue(e, u + at, r / layout.inner, at, 0, layout.neurons, y + at);
+      write_pixel(&e, u + at, r / layout.inner, 0, layout.neurons, y, at);
     }
     return;
   }
@@ -86,11 +86,11 @@ void epilogue_grad_strip(const EpilogueGrad<T>& a, int64_t n, int64_t first, int
     for (int64_t i = start; i < min(layout.inner, start + kPartial); ++i)
       for (int64_t v = 0; v < vectors; ++v) {
         const int64_t left = count - v * L;
-        const int64_t at = (n * layout.inner + i) * layout.neurons + first + v * L;
+        const int64_t pixel = n * layout.inner + i, at = pixel * layout.neurons + first + v * L;
         Vec<T> dz = load_some<T>(a.grad + at, left);
         if (a.y) dz = load_some<T>(a.y + at, left) <= T(0) ? Vec<T>{} : dz;
         if (a.dz) store_some<T>(a.dz + at, dz, left);
-        if (a.g) store_some<T>(a.g + at, dz * gain[v], left);
+        if (a.g) store_some<T>(a.g + pixel * a.g_stride + first + v * L, dz * gain[v], left);
         if (!a.sums) continue;
         part[0][v] += dz;
         if (!a.u) continue;

@@ -97,6 +97,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_affine_backward(const Tensor& grad, co
     e.scale = data<T>(a), e.shift = data<T>(c);
     e.dz = need_residual ? mutable_data<T>(dres) : nullptr;
     e.g = need_x ? mutable_data<T>(dx) : nullptr;
+    e.g_stride = layout.neurons;
     e.sums = need_sums ? mutable_data<T>(sums) : nullptr;
     run_epilogue_grad(e);
   });

@@ -1,0 +1,74 @@
+// A convolution's geometry and the algorithms that compute it.
+#pragma once
+
+#include "ops.h"
+#include "workspace.h"
+
+namespace mnp::ops {
+
+// A convolution's geometry, checked.
+struct Conv {
+  int64_t n, c, h, w, k, kh, kw, oh, ow, groups;
+  int64_t stride[2], padding[2], dilation[2];
+
+  Conv(const char* op, const Tensor& x, const Tensor& weight, const Ints& s, const Ints& p,
+       const Ints& d, int64_t g)
+      : groups(g) {
+    MNP_CHECK(x.is_cpu() && weight.is_cpu(), op, ": x and weight must be on the CPU");
+    MNP_CHECK(x.dim() == 4, op, ": x must have shape (N, C, H, W), not ", shape_of(x));
+    MNP_CHECK(weight.dim() == 4 && weight.numel() > 0, op,
+              ": weight must have shape (K, C / groups, kh, kw), none of them 0, not ",
+              shape_of(weight));
+    MNP_CHECK(x.scalar_type() == weight.scalar_type(), op, ": x and weight must share a dtype");
+    MNP_CHECK(s.size() == 2 && s[0] > 0 && s[1] > 0, op, ": stride must be two positive integers");
+    MNP_CHECK(d.size() == 2 && d[0] > 0 && d[1] > 0, op,
+              ": dilation must be two positive integers");
+    MNP_CHECK(p.size() == 2 && p[0] >= 0 && p[1] >= 0, op,
+              ": padding must be two non-negative integers");
+    n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
+    k = weight.size(0), kh = weight.size(2), kw = weight.size(3);
+    MNP_CHECK(g > 0 && k % g == 0 && c == weight.size(1) * g, op, ": x has ", c,
+              " channels and weight has shape ", shape_of(weight),
+              ", which do not fit groups = ", g);
+    for (int i = 0; i < 2; ++i) stride[i] = s[i], padding[i] = p[i], dilation[i] = d[i];
+    oh = (h + 2 * p[0] - d[0] * (kh - 1) - 1) / s[0] + 1;
+    ow = (w + 2 * p[1] - d[1] * (kw - 1) - 1) / s[1] + 1;
+    MNP_CHECK(h + 2 * p[0] > d[0] * (kh - 1) && w + 2 * p[1] > d[1] * (kw - 1), op,
+              ": a kernel of ", kh, "x", kw, " with dilation ", d[0], "x", d[1],
+              " does not fit a padded input of ", h + 2 * p[0], "x", w + 2 * p[1]);
+  }
+  int64_t taps() const { return kh * kw; }
+  int64_t group_in() const { return c / groups; }
+  int64_t group_out() const { return k / groups; }
+  bool is_depthwise() const { return groups > 1 && groups == c && groups == k; }
+};
+
+enum class Algorithm { direct, winograd2, winograd4 };
+
+// The algorithm that a name stands for where an image of rows x cols is to be computed; fails where
+// it cannot compute this convolution.
+Algorithm choose_algorithm(const char* op, const Conv& conv, const std::string& name,
+                           ScalarType type, int64_t rows, int64_t cols);
+
+// The output, from NHWC input.
+template <class T>
+void run_forward(const Conv& conv, Algorithm algorithm, const Tensor& weight, const T* x,
+                 const cpu::Epilogue<T>& epilogue, T* y);
+
+// The gradient of the input from that of the convolution, g, whose pixels are g_stride apart.
+template <class T>
+void run_input_grad(const Conv& conv, Algorithm algorithm, const Tensor& weight, const T* g,
+                    int64_t g_stride, T* dx);
+
+// The gradient of the weights, [K][C / groups][kh][kw].
+template <class T>
+void run_weight_grad(const Conv& conv, const T* g, int64_t g_stride, const T* x, T* dw);
+
+// Runs `a` with the convolution's weights, for a gradient of the input turned and transposed.
+template <class T>
+void run_winograd(cpu::Winograd<T>& a, Algorithm algorithm, const Tensor& weight, bool transposed);
+
+// The weight with taps at one stride, which contiguous and channels-last weights have as they are.
+Tensor even_taps(const Tensor& weight);
+
+}  // namespace mnp::ops

@@ -1,0 +1,217 @@
+#include <algorithm>
+
+#include "conv.h"
+#include "cpu/caches.h"
+
+namespace mnp::ops {
+namespace {
+
+// Which taps a gather uses, and where they read.
+struct Taps {
+  std::vector<int64_t> index, h, w;
+};
+
+Taps forward_taps(const Conv& conv) {
+  Taps taps;
+  for (int64_t i = 0; i < conv.kh; ++i)
+    for (int64_t j = 0; j < conv.kw; ++j) {
+      taps.index.push_back(i * conv.kw + j);
+      taps.h.push_back(i * conv.dilation[0] - conv.padding[0]);
+      taps.w.push_back(j * conv.dilation[1] - conv.padding[1]);
+    }
+  return taps;
+}
+
+// Input pixels with row % stride = phase meet only the taps whose output row is whole.
+Taps phase_taps(const Conv& conv, int64_t phase_h, int64_t phase_w) {
+  Taps taps;
+  for (int64_t i = 0; i < conv.kh; ++i)
+    for (int64_t j = 0; j < conv.kw; ++j) {
+      const int64_t h = phase_h + conv.padding[0] - i * conv.dilation[0];
+      const int64_t w = phase_w + conv.padding[1] - j * conv.dilation[1];
+      if (h % conv.stride[0] || w % conv.stride[1]) continue;
+      taps.index.push_back(i * conv.kw + j);
+      taps.h.push_back(h / conv.stride[0]);
+      taps.w.push_back(w / conv.stride[1]);
+    }
+  return taps;
+}
+
+// Packs the weights of all groups; `transposed` swaps the roles of input and output channels.
+template <class T>
+Buffer<T> pack(const Conv& conv, const Tensor& weight, const Taps& taps, bool transposed) {
+  const auto& kernels = cpu::kernels_of<T>();
+  const int64_t stride_k = weight.stride(0), stride_c = weight.stride(1);
+  cpu::PackPanels<T> a{};
+  a.source = data<T>(weight);
+  a.stride_group = conv.group_out() * stride_k;
+  a.stride_j = transposed ? stride_c : stride_k;
+  a.stride_q = conv.kw > 1 ? weight.stride(3) : weight.stride(2);
+  a.stride_d = transposed ? stride_k : stride_c;
+  a.tap_index = taps.index.data();
+  a.taps = static_cast<int64_t>(taps.index.size());
+  a.depth = transposed ? conv.group_out() : conv.group_in();
+  a.width = transposed ? conv.group_in() : conv.group_out();
+  if (conv.is_depthwise()) {
+    auto panels = buffer<T>(a.taps * conv.groups);
+    for (int64_t q = 0; q < a.taps; ++q)
+      for (int64_t g = 0; g < conv.groups; ++g)
+        panels[q * conv.groups + g] = a.source[g * stride_k + a.tap_index[q] * a.stride_q];
+    return panels;
+  }
+  a.merged = kernels.merged_groups(conv.groups, a.width);
+  const int64_t groups = conv.groups / a.merged, parts = kernels.panels_count(a.merged * a.width);
+  const int64_t size = kernels.panels_size(a.taps, a.merged * a.depth, a.merged * a.width);
+  auto panels = buffer<T>(groups * size);
+  torch::stable::parallel_for(0, groups * parts, grain(size / std::max<int64_t>(1, parts)),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t i = begin; i < end; ++i) {
+                                  const int64_t g = i / parts, p = i % parts;
+                                  cpu::PackPanels<T> group = a;
+                                  group.source += g * a.merged * a.stride_group;
+                                  kernels.pack_panels(group, p, p + 1, panels.get() + g * size);
+                                }
+                              });
+  return panels;
+}
+
+template <class T>
+void run_gather(cpu::GatherGemm<T>& a, const Conv& conv, const Taps& taps) {
+  const auto& kernels = cpu::kernels_of<T>();
+  a.taps = static_cast<int64_t>(taps.index.size());
+  a.tap_h = taps.h.data();
+  a.tap_w = taps.w.data();
+  const int64_t merged = conv.is_depthwise() ? 1 : kernels.merged_groups(conv.groups, a.width);
+  a.groups = conv.groups / merged;
+  a.depth *= merged, a.width *= merged;
+  a.l1 = cpu::caches().l1, a.l2 = cpu::caches().l2;
+  torch::stable::parallel_for(0, conv.n * a.rows * a.cols,
+                              grain(a.taps * a.depth * a.width * a.groups),
+                              [&](int64_t begin, int64_t end) {
+                                if (conv.is_depthwise()) return kernels.depthwise(a, begin, end);
+                                const auto scratch = buffer<T>(kernels.gather_scratch(a));
+                                kernels.gather_gemm(a, begin, end, scratch.get());
+                              });
+}
+
+template <class T>
+void direct_forward(const Conv& conv, const Tensor& weight, const T* x,
+                    const cpu::Epilogue<T>& epilogue, T* y) {
+  const Taps taps = forward_taps(conv);
+  const auto panels = pack<T>(conv, weight, taps, false);
+  cpu::GatherGemm<T> a{};
+  a.input = x;
+  a.in_h = conv.h, a.in_w = conv.w, a.in_stride = conv.c;
+  a.depth = conv.group_in(), a.width = conv.group_out();
+  a.panels = panels.get();
+  a.rows = a.out_h = conv.oh, a.cols = a.out_w = conv.ow;
+  a.step_h = conv.stride[0], a.step_w = conv.stride[1];
+  a.output = y;
+  a.out_step_h = a.out_step_w = 1;
+  a.epilogue = &epilogue;
+  run_gather(a, conv, taps);
+}
+
+template <class T>
+void direct_input_grad(const Conv& conv, const Tensor& weight, const T* g, int64_t g_stride,
+                       T* dx) {
+  for (int64_t phase_h = 0; phase_h < std::min(conv.stride[0], conv.h); ++phase_h)
+    for (int64_t phase_w = 0; phase_w < std::min(conv.stride[1], conv.w); ++phase_w) {
+      const Taps taps = phase_taps(conv, phase_h, phase_w);
+      const auto panels = pack<T>(conv, weight, taps, true);
+      cpu::GatherGemm<T> a{};
+      a.input = g;
+      a.in_h = conv.oh, a.in_w = conv.ow, a.in_stride = g_stride;
+      a.depth = conv.group_out(), a.width = conv.group_in();
+      a.panels = panels.get();
+      a.rows = (conv.h - phase_h + conv.stride[0] - 1) / conv.stride[0];
+      a.cols = (conv.w - phase_w + conv.stride[1] - 1) / conv.stride[1];
+      a.step_h = a.step_w = 1;
+      a.output = dx;
+      a.out_h = conv.h, a.out_w = conv.w;
+      a.out_step_h = conv.stride[0], a.out_step_w = conv.stride[1];
+      a.out_origin_h = phase_h, a.out_origin_w = phase_w;
+      run_gather(a, conv, taps);
+    }
+}
+
+template <class T>
+cpu::Winograd<T> winograd_forward(const Conv& conv, const T* x, const cpu::Epilogue<T>& epilogue,
+                                  T* y) {
+  cpu::Winograd<T> a{};
+  a.input = x;
+  a.batch = conv.n, a.in_h = conv.h, a.in_w = conv.w, a.in_stride = a.depth = conv.c;
+  a.padding_h = conv.padding[0], a.padding_w = conv.padding[1];
+  a.output = y;
+  a.out_h = conv.oh, a.out_w = conv.ow, a.width = conv.k;
+  a.epilogue = &epilogue;
+  return a;
+}
+
+// The gradient of the input is a convolution with the weights turned by 180 degrees.
+template <class T>
+cpu::Winograd<T> winograd_input_grad(const Conv& conv, const T* g, int64_t g_stride, T* dx) {
+  cpu::Winograd<T> a{};
+  a.input = g;
+  a.batch = conv.n, a.in_h = conv.oh, a.in_w = conv.ow, a.in_stride = g_stride, a.depth = conv.k;
+  a.padding_h = 2 - conv.padding[0], a.padding_w = 2 - conv.padding[1];
+  a.output = dx;
+  a.out_h = conv.h, a.out_w = conv.w, a.width = conv.c;
+  return a;
+}
+
+}  // namespace
+
+template <class T>
+void run_forward(const Conv& conv, Algorithm algorithm, const Tensor& weight, const T* x,
+                 const cpu::Epilogue<T>& epilogue, T* y) {
+  if (algorithm == Algorithm::direct) return direct_forward(conv, weight, x, epilogue, y);
+  auto a = winograd_forward(conv, x, epilogue, y);
+  run_winograd(a, algorithm, weight, false);
+}
+
+template <class T>
+void run_input_grad(const Conv& conv, Algorithm algorithm, const Tensor& weight, const T* g,
+                    int64_t g_stride, T* dx) {
+  if (algorithm == Algorithm::direct) return direct_input_grad(conv, weight, g, g_stride, dx);
+  auto a = winograd_input_grad(conv, g, g_stride, dx);
+  run_winograd(a, algorithm, weight, true);
+}
+
+template <class T>
+void run_weight_grad(const Conv& conv, const T* g, int64_t g_stride, const T* x, T* dw) {
+  const auto& kernels = cpu::kernels_of<T>();
+  const Taps taps = forward_taps(conv);
+  cpu::WeightGrad<T> a{};
+  a.grad = g, a.grad_stride = g_stride, a.input = x, a.weight_grad = dw;
+  a.batch = conv.n, a.rows = conv.oh, a.cols = conv.ow;
+  a.in_h = conv.h, a.in_w = conv.w, a.in_channels = conv.c;
+  a.merged = kernels.merged_groups(conv.groups, conv.group_out());
+  a.groups = conv.groups / a.merged;
+  a.depth = a.merged * conv.group_in(), a.width = a.merged * conv.group_out();
+  a.taps = conv.taps(), a.tap_h = taps.h.data(), a.tap_w = taps.w.data();
+  a.step_h = conv.stride[0], a.step_w = conv.stride[1];
+  a.l2 = cpu::caches().l2;
+  const int64_t pixels = conv.n * conv.oh * conv.ow;
+  if (conv.is_depthwise())
+    return torch::stable::parallel_for(
+        0, conv.groups, grain(pixels * a.taps),
+        [&](int64_t begin, int64_t end) { kernels.depthwise_weight_grad(a, begin, end); });
+  torch::stable::parallel_for(
+      0, kernels.weight_grad_units(a), grain(pixels * a.width), [&](int64_t begin, int64_t end) {
+        const auto scratch = buffer<T>(kernels.weight_grad_scratch(a, end - begin));
+        kernels.weight_grad(a, begin, end, scratch.get());
+      });
+}
+
+template void run_forward(const Conv&, Algorithm, const Tensor&, const float*,
+                          const cpu::Epilogue<float>&, float*);
+template void run_input_grad(const Conv&, Algorithm, const Tensor&, const float*, int64_t, float*);
+template void run_weight_grad(const Conv&, const float*, int64_t, const float*, float*);
+template void run_forward(const Conv&, Algorithm, const Tensor&, const double*,
+                          const cpu::Epilogue<double>&, double*);
+template void run_input_grad(const Conv&, Algorithm, const Tensor&, const double*, int64_t,
+                             double*);
+template void run_weight_grad(const Conv&, const double*, int64_t, const double*, double*);
+
+}  // namespace mnp::ops

@@ -1,0 +1,63 @@
+#include <algorithm>
+
+#include "conv.h"
+#include "cpu/caches.h"
+
+namespace mnp::ops {
+
+template <class T>
+void run_winograd(cpu::Winograd<T>& a, Algorithm algorithm, const Tensor& weight, bool transposed) {
+  const auto& all = cpu::kernels_of<T>();
+  const auto& kernels = algorithm == Algorithm::winograd2 ? all.winograd2 : all.winograd4;
+  const std::unique_ptr<T[]> zeros(new T[a.depth]());
+  a.zeros = zeros.get();
+  const int64_t tiles = kernels.tiles(a), groups = all.winograd_groups(a.width);
+  if (tiles == 0) return;
+  const int64_t group_size = kernels.group_size(a.depth);
+  const auto pack = [&](int64_t group, T* packed) {
+    kernels.pack(data<T>(weight), weight.stride(transposed), weight.stride(3),
+                 weight.stride(!transposed), transposed, a.depth, a.width, group, packed);
+  };
+  const int64_t block = std::min(tiles, kernels.block(a.depth, cpu::caches().l2));
+  const int64_t blocks = (tiles + block - 1) / block;
+  const int64_t tile_cost = 16 * a.depth * a.width;
+  const int64_t products = kernels.product_size(block);
+  if (tiles <= a.width) {
+    // Fewer inputs than weights: those are kept, and each group's weights are packed where used.
+    const auto inputs = buffer<T>(kernels.input_size(a.depth, tiles));
+    torch::stable::parallel_for(0, tiles, grain(16 * a.depth), [&](int64_t begin, int64_t end) {
+      kernels.input(a, begin, end, inputs.get(), begin, tiles);
+    });
+    torch::stable::parallel_for(
+        0, groups, grain(tile_cost * tiles / groups), [&](int64_t begin, int64_t end) {
+          const auto packed = buffer<T>(group_size), scratch = buffer<T>(products);
+          for (int64_t g = begin; g < end; ++g) {
+            pack(g, packed.get());
+            for (int64_t t = 0; t < tiles; t += block)
+              kernels.output(a, t, std::min(tiles, t + block), inputs.get(), t, tiles, g,
+                             packed.get(), scratch.get());
+          }
+        });
+    return;
+  }
+  const auto packed = buffer<T>(groups * group_size);
+  torch::stable::parallel_for(0, groups, grain(100 * a.depth), [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g) pack(g, packed.get() + g * group_size);
+  });
+  torch::stable::parallel_for(0, blocks, grain(tile_cost * block), [&](int64_t begin, int64_t end) {
+    const auto inputs = buffer<T>(kernels.input_size(a.depth, block));
+    const auto scratch = buffer<T>(products);
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t first = b * block, last = std::min(tiles, first + block);
+      kernels.input(a, first, last, inputs.get(), 0, block);
+      for (int64_t g = 0; g < groups; ++g)
+        kernels.output(a, first, last, inputs.get(), 0, block, g, packed.get() + g * group_size,
+                       scratch.get());
+    }
+  });
+}
+
+template void run_winograd(cpu::Winograd<float>&, Algorithm, const Tensor&, bool);
+template void run_winograd(cpu::Winograd<double>&, Algorithm, const Tensor&, bool);
+
+}  // namespace mnp::ops

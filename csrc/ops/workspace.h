@@ -1,0 +1,31 @@
+// Memory for the length of a call. What is given back is kept for later calls, up to a budget:
+// fresh memory costs a page fault every 4 KiB.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+namespace mnp::ops {
+
+void* take_memory(std::size_t bytes);
+void give_memory(void* memory);
+
+// Bytes that are kept at most; memory beyond them is freed when its call ends.
+void set_memory_budget(int64_t bytes);
+int64_t memory_budget();
+
+struct GiveBack {
+  void operator()(void* memory) const { give_memory(memory); }
+};
+
+// Uninitialized memory, aligned to cache lines.
+template <class T>
+using Buffer = std::unique_ptr<T[], GiveBack>;
+
+template <class T>
+Buffer<T> buffer(int64_t size) {
+  return Buffer<T>(static_cast<T*>(take_memory(size * sizeof(T))));
+}
+
+}  // namespace mnp::ops
