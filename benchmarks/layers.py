@@ -73,7 +73,7 @@ def layer(shape: Shape, batch: int) -> Iterator[Case]:
     mask, scale = random(shape.neurons).sigmoid(), random(shape.neurons).exp()
     shift, bias = random(shape.neurons), random(shape.neurons)
     geometry = (shape.stride,) * 2, (shape.padding,) * 2, (1, 1)
-    grad = random(*output_size(x, weight, *geometry)).to(memory_format=LAST)
+    grad = random(*output_size(x.shape, weight.shape, *geometry)).to(memory_format=LAST)
     options: dict[str, Any] = {"stride": shape.stride, "padding": shape.padding}
 
     def by_hand(x: Tensor, weight: Tensor, *vectors: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,12 +20,12 @@ from .layers import (
     MaskedBatchNorm2d,
     MaskedConv2d,
     MaskedLayer,
-    Terms,
-    eval_affine,
+    block_terms,
     padded,
 )
 from .ops import masked_affine, masked_conv2d
 from .ops.conv import allows, output_size
+from .region import Step, can_run, run
 
 _CONVS = (nn.Conv2d, MaskedConv2d)
 _NORMS = (nn.BatchNorm2d, MaskedBatchNorm2d)
@@ -71,6 +71,7 @@ class FusedForward:
     def __init__(self, root: nn.Module, algorithm: str) -> None:
         self.root, self.algorithm = root, algorithm
         self._graph: fx.GraphModule | None = None
+        self._blocks: list[tuple[str, ...]] = []
         self._tensors: list[str] = []
         self._seen: list[int] = []
 
@@ -86,11 +87,8 @@ class FusedForward:
 
     def blocks(self) -> list[tuple[str, ...]]:
         """Names of the convolution and norm of every block, in the order they run."""
-        return [
-            tuple(str(part.target) for part in node.args[:2] if isinstance(part, fx.Node))
-            for node in self._current(list(self.root.modules())).graph.nodes
-            if node.target is run_block
-        ]
+        self._current(list(self.root.modules()))
+        return self._blocks
 
     def _current(self, modules: list[nn.Module]) -> fx.GraphModule:
         """The graph, built anew where modules or tensors of the root were replaced."""
@@ -98,6 +96,12 @@ class FusedForward:
             graph = _traced(self.root)
             self._tensors = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
             _fuse(graph, self.root, self.algorithm)
+            blocks = [node for node in graph.nodes if node.target is run_block]
+            self._blocks = [
+                tuple(str(part.target) for part in node.args[:2] if isinstance(part, fx.Node))
+                for node in blocks
+            ]
+            _group(graph, dict(self.root.named_modules()))
             self._graph = fx.GraphModule(self.root, graph)
             self._seen = self._identities(modules)
         return self._graph
@@ -162,7 +166,7 @@ def run_block(
     if x.dim() == 3:
         one = residual[None] if isinstance(residual, Tensor) and residual.dim() == 3 else residual
         return run_block(conv, norm, x[None], one, relu, algorithm)[0]
-    terms, activation = _terms(conv, norm), "relu" if relu else "none"
+    terms, activation = block_terms(conv, norm), "relu" if relu else "none"
     x = x.contiguous(memory_format=torch.channels_last)
     if conv is None:
         if residual is None or _fits(residual, x, x.shape):
@@ -170,7 +174,7 @@ def run_block(
         y = masked_affine(x, *terms)
     else:
         x, padding = padded(conv, x)
-        shape = output_size(x, conv.weight, conv.stride, padding, conv.dilation)
+        shape = output_size(x.shape, conv.weight.shape, conv.stride, padding, conv.dilation)
         options: dict[str, Any] = {
             "stride": conv.stride,
             "padding": padding,
@@ -185,6 +189,20 @@ def run_block(
     return F.relu(y) if relu else y
 
 
+def run_region(
+    steps: list[tuple[Any, ...]], inputs: list[Any], outputs: list[int]
+) -> tuple[Tensor, ...]:
+    """Several blocks, each with its arguments of `run_block`: images as numbers of values."""
+    blocks = [Step(*step) for step in steps]
+    if can_run(blocks, inputs):
+        return run(blocks, inputs, outputs)
+    values = list(inputs)
+    for conv, norm, x, residual, relu, algorithm in blocks:
+        other = None if residual is None else values[residual]
+        values.append(run_block(conv, norm, values[x], other, relu, algorithm))
+    return tuple(values[number] for number in outputs)
+
+
 def _fits(residual: Any, x: Tensor, shape: tuple[int, ...]) -> bool:
     """Whether the operators take the residual: it needs no broadcasting or conversion."""
     return (
@@ -193,28 +211,6 @@ def _fits(residual: Any, x: Tensor, shape: tuple[int, ...]) -> bool:
         and residual.dtype == x.dtype
         and residual.device == x.device
     )
-
-
-def _terms(conv: nn.Conv2d | None, norm: nn.BatchNorm2d | None) -> Terms:
-    """Mask, scale, shift and bias of the equation; u is the convolution without its bias."""
-    if isinstance(norm, MaskedBatchNorm2d):
-        mask, scale, shift, bias = norm.terms()
-        if conv is not None and conv.bias is not None:
-            assert scale is not None
-            assert shift is not None
-            shift = shift + scale * conv.bias
-        return Terms(mask, scale, shift, bias)
-    assert isinstance(conv, MaskedConv2d)
-    inner = conv.terms()
-    if norm is None:
-        return inner
-    scale, offset = eval_affine(norm)
-    if norm.bias is not None:
-        offset = offset + norm.bias
-    if inner.bias is not None:
-        offset = offset + scale * inner.bias
-    shift = None if inner.shift is None else scale * inner.shift
-    return Terms(inner.mask, scale, shift, offset)
 
 
 class _Block:
@@ -307,6 +303,58 @@ def _replace(graph: fx.Graph, block: _Block, modules: dict[str, nn.Module], algo
     last.replace_all_uses_with(fused)
     for node in reversed(block.nodes):
         graph.erase_node(node)
+
+
+def _group(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Replace blocks that follow each other by one call of `run_region`."""
+    region: list[fx.Node] = []
+    for node in list(graph.nodes):
+        if node.target is run_block and _can_join(node, modules):
+            region.append(node)
+        elif node.op != "get_attr" and region:
+            _replace_region(graph, region)
+            region = []
+
+
+def _can_join(block: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a region may have this block: a convolution that is padded with zeros by itself."""
+    conv = block.args[0]
+    module = modules[str(conv.target)] if isinstance(conv, fx.Node) else None
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.padding_mode == "zeros"
+        and not isinstance(module.padding, str)
+        and isinstance(block.args[2], fx.Node)
+    )
+
+
+def _replace_region(graph: fx.Graph, blocks: list[fx.Node]) -> None:
+    inside = set(blocks)
+    inputs = dict.fromkeys(
+        part
+        for block in blocks
+        for part in block.args[2:4]
+        if isinstance(part, fx.Node) and part not in inside
+    )
+    number = {node: i for i, node in enumerate((*inputs, *blocks))}
+    steps = [
+        (
+            *block.args[:2],
+            *(None if part is None else number[part] for part in block.args[2:4]),  # type: ignore[index]
+            *block.args[4:],
+        )
+        for block in blocks
+    ]
+    outputs = [block for block in blocks if not inside.issuperset(block.users)]
+    with graph.inserting_before(blocks[-1]):
+        region = graph.call_function(
+            run_region, (steps, list(inputs), [number[block] for block in outputs])
+        )
+        for i, block in enumerate(outputs):
+            value = graph.call_function(operator.getitem, (region, i))
+            block.replace_all_uses_with(value, lambda user: user not in inside)
+    for block in reversed(blocks):
+        graph.erase_node(block)
 
 
 def _restore_formats(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:

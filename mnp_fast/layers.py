@@ -278,3 +278,25 @@ class MaskedBatchNorm2d(MaskedLayer, nn.BatchNorm2d):
         self._multiply("weight", mask)
         if self.site == "neuron":
             self._multiply("bias", mask)
+
+
+def block_terms(conv: nn.Conv2d | None, norm: nn.BatchNorm2d | None) -> Terms:
+    """Mask, scale, shift and bias of the equation; u is the convolution without its bias."""
+    if isinstance(norm, MaskedBatchNorm2d):
+        mask, scale, shift, bias = norm.terms()
+        if conv is not None and conv.bias is not None:
+            assert scale is not None
+            assert shift is not None
+            shift = shift + scale * conv.bias
+        return Terms(mask, scale, shift, bias)
+    assert isinstance(conv, MaskedConv2d)
+    inner = conv.terms()
+    if norm is None:
+        return inner
+    scale, offset = eval_affine(norm)
+    if norm.bias is not None:
+        offset = offset + norm.bias
+    if inner.bias is not None:
+        offset = offset + scale * inner.bias
+    shift = None if inner.shift is None else scale * inner.shift
+    return Terms(inner.mask, scale, shift, offset)

@@ -9,7 +9,7 @@ struct OutputLane {
   int64_t count;
   OutputLane(const Epilogue<T>* epilogue, int64_t sample, int64_t first, int64_t used)
       : e(epilogue), count(used) {
-    if (!e) return;
+    if (!e || !e->mask) return;
     mask = load_some<T>(e->mask + sample * e->mask_stride + first, count);
     scale = load_some<T>(e->scale + first, count);
     shift = load_some<T>(e->shift + first, count);
@@ -19,7 +19,7 @@ struct OutputLane {
   void write(T* output, int64_t element, Vec<T> u) const {
     if (e) {
       if (e->u) store_some<T>(e->u + element, u, count);
-      u = mask * (scale * u + shift) + bias;
+      if (e->mask) u = mask * (scale * u + shift) + bias;
       if (e->residual) u += load_some<T>(e->residual + element, count);
       if (e->relu) u = u < T(0) ? Vec<T>{} : u;
     }

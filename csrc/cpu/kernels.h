@@ -11,7 +11,7 @@ namespace mnp::cpu {
 // y = act(mask * (scale * u + shift) + bias + residual), per neuron (the last axis).
 template <class T>
 struct Epilogue {
-  const T* mask;        // [K], or [N][K] where mask_stride is K
+  const T* mask;        // [K], or [N][K] where mask_stride is K; null: y = act(u + residual)
   int64_t mask_stride;  // 0, or K
   const T* scale;       // [K]
   const T* shift;       // [K]

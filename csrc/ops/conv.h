@@ -55,10 +55,11 @@ template <class T>
 void run_forward(const Conv& conv, Algorithm algorithm, const Tensor& weight, const T* x,
                  const cpu::Epilogue<T>& epilogue, T* y);
 
-// The gradient of the input from that of the convolution, g, whose pixels are g_stride apart.
+// The gradient of the input from that of the convolution, g, whose pixels are g_stride apart, and
+// `add`, which may be null.
 template <class T>
 void run_input_grad(const Conv& conv, Algorithm algorithm, const Tensor& weight, const T* g,
-                    int64_t g_stride, T* dx);
+                    int64_t g_stride, const T* add, T* dx);
 
 // The gradient of the weights, [K][C / groups][kh][kw].
 template <class T>

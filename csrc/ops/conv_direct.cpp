@@ -114,7 +114,7 @@ void direct_forward(const Conv& conv, const Tensor& weight, const T* x,
 
 template <class T>
 void direct_input_grad(const Conv& conv, const Tensor& weight, const T* g, int64_t g_stride,
-                       T* dx) {
+                       const cpu::Epilogue<T>& epilogue, T* dx) {
   for (int64_t phase_h = 0; phase_h < std::min(conv.stride[0], conv.h); ++phase_h)
     for (int64_t phase_w = 0; phase_w < std::min(conv.stride[1], conv.w); ++phase_w) {
       const Taps taps = phase_taps(conv, phase_h, phase_w);
@@ -131,6 +131,7 @@ void direct_input_grad(const Conv& conv, const Tensor& weight, const T* g, int64
       a.out_h = conv.h, a.out_w = conv.w;
       a.out_step_h = conv.stride[0], a.out_step_w = conv.stride[1];
       a.out_origin_h = phase_h, a.out_origin_w = phase_w;
+      a.epilogue = &epilogue;
       run_gather(a, conv, taps);
     }
 }
@@ -150,13 +151,15 @@ cpu::Winograd<T> winograd_forward(const Conv& conv, const T* x, const cpu::Epilo
 
 // The gradient of the input is a convolution with the weights turned by 180 degrees.
 template <class T>
-cpu::Winograd<T> winograd_input_grad(const Conv& conv, const T* g, int64_t g_stride, T* dx) {
+cpu::Winograd<T> winograd_input_grad(const Conv& conv, const T* g, int64_t g_stride,
+                                     const cpu::Epilogue<T>& epilogue, T* dx) {
   cpu::Winograd<T> a{};
   a.input = g;
   a.batch = conv.n, a.in_h = conv.oh, a.in_w = conv.ow, a.in_stride = g_stride, a.depth = conv.k;
   a.padding_h = 2 - conv.padding[0], a.padding_w = 2 - conv.padding[1];
   a.output = dx;
   a.out_h = conv.h, a.out_w = conv.w, a.width = conv.c;
+  a.epilogue = &epilogue;
   return a;
 }
 
@@ -172,9 +175,12 @@ void run_forward(const Conv& conv, Algorithm algorithm, const Tensor& weight, co
 
 template <class T>
 void run_input_grad(const Conv& conv, Algorithm algorithm, const Tensor& weight, const T* g,
-                    int64_t g_stride, T* dx) {
-  if (algorithm == Algorithm::direct) return direct_input_grad(conv, weight, g, g_stride, dx);
-  auto a = winograd_input_grad(conv, g, g_stride, dx);
+                    int64_t g_stride, const T* add, T* dx) {
+  cpu::Epilogue<T> epilogue{};
+  epilogue.residual = add;
+  if (algorithm == Algorithm::direct)
+    return direct_input_grad(conv, weight, g, g_stride, epilogue, dx);
+  auto a = winograd_input_grad(conv, g, g_stride, epilogue, dx);
   run_winograd(a, algorithm, weight, true);
 }
 
@@ -206,12 +212,13 @@ void run_weight_grad(const Conv& conv, const T* g, int64_t g_stride, const T* x,
 
 template void run_forward(const Conv&, Algorithm, const Tensor&, const float*,
                           const cpu::Epilogue<float>&, float*);
-template void run_input_grad(const Conv&, Algorithm, const Tensor&, const float*, int64_t, float*);
+template void run_input_grad(const Conv&, Algorithm, const Tensor&, const float*, int64_t,
+                             const float*, float*);
 template void run_weight_grad(const Conv&, const float*, int64_t, const float*, float*);
 template void run_forward(const Conv&, Algorithm, const Tensor&, const double*,
                           const cpu::Epilogue<double>&, double*);
 template void run_input_grad(const Conv&, Algorithm, const Tensor&, const double*, int64_t,
-                             double*);
+                             const double*, double*);
 template void run_weight_grad(const Conv&, const double*, int64_t, const double*, double*);
 
 }  // namespace mnp::ops

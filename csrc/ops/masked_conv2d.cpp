@@ -101,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
     const MaybeTensor& u, const MaybeTensor& mask, const MaybeTensor& scale,
     const MaybeTensor& shift, const Ints& stride, const Ints& padding, const Ints& dilation,
     int64_t groups, bool need_x, bool need_weight, bool need_residual, bool need_sums,
-    const std::string& algorithm) {
+    const std::string& algorithm, const MaybeTensor& add) {
   const char* op = "masked_conv2d_backward";
   const ScalarType type = compute_type(op, x);
   const Conv conv(op, x, weight, stride, padding, dilation, groups);
@@ -119,8 +119,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
             ": u must be what masked_conv2d kept");
 
   const Tensor dy = to_channels_last(grad, type);
-  MaybeTensor out, pre;
+  MaybeTensor out, pre, more;
   if (y) out = to_channels_last(*y, type);
+  if (add && need_x) {
+    check_like(op, "add", *add, x);
+    more = to_channels_last(*add, type);
+  }
   if (u) pre = torch::stable::contiguous(*u, MemoryFormat::ChannelsLast);
   const Ints out_sizes{conv.n, conv.k, conv.oh, conv.ow};
   Tensor dres = need_residual ? empty(out_sizes, type, true) : empty({0}, type);
@@ -146,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
     run_epilogue_grad(e);
     if (need_x)
       run_input_grad(conv, chosen, even_taps(as_type(weight, type)), g.get(), g_stride,
-                     mutable_data<T>(dx));
+                     data_or_null<T>(more), mutable_data<T>(dx));
     if (need_weight) {
       const Tensor input = to_channels_last(x, type);
       run_weight_grad(conv, g.get(), g_stride, data<T>(input), mutable_data<T>(dw));

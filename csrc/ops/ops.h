@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
     const MaybeTensor& u, const MaybeTensor& mask, const MaybeTensor& scale,
     const MaybeTensor& shift, const Ints& stride, const Ints& padding, const Ints& dilation,
     int64_t groups, bool need_x, bool need_weight, bool need_residual, bool need_sums,
-    const std::string& algorithm);
+    const std::string& algorithm, const MaybeTensor& add);
 
 Tensor masked_affine(const Tensor& x, const MaybeTensor& mask, const MaybeTensor& scale,
                      const MaybeTensor& shift, const MaybeTensor& bias, const MaybeTensor& residual,

@@ -184,19 +184,18 @@ def _pair(value: int | Sequence[int]) -> list[int]:
 
 
 def output_size(
-    x: Tensor,
-    weight: Tensor,
+    x: Sequence[int],
+    weight: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> tuple[int, ...]:
-    """Shape of a convolution's output."""
+    """Shape of a convolution's output, from those of its input and its weight."""
     spatial = (
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i]
-        + 1
+        (x[2 + i] + 2 * padding[i] - dilation[i] * (weight[2 + i] - 1) - 1) // stride[i] + 1
         for i in range(2)
     )
-    return (x.shape[0], weight.shape[0], *spatial)
+    return (x[0], weight[0], *spatial)
 
 
 @torch.library.register_fake("mnp_fast::masked_conv2d")
@@ -216,7 +215,7 @@ def _fake(
     keep_u: bool,
     algorithm: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    sizes = output_size(x, weight, stride, padding, dilation)
+    sizes = output_size(x.shape, weight.shape, stride, padding, dilation)
     dtype = compute_dtype(x.dtype)
     if not keep_u:
         return empty_like_layout(x, sizes), x.new_empty(0, dtype=dtype)
@@ -269,6 +268,7 @@ def _backward_fake(
     need_residual: bool,
     need_sums: bool,
     algorithm: str = "auto",
+    add: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     none = x.new_empty(0, dtype=compute_dtype(x.dtype))
     return (
@@ -298,6 +298,7 @@ def _backward_default(
     need_residual: bool,
     need_sums: bool,
     algorithm: str = "auto",
+    add: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = compute_dtype(x.dtype)
     none = x.new_empty(0, dtype=dtype)
@@ -320,6 +321,8 @@ def _backward_default(
         groups,
         [need_x, need_weight, False],
     )
+    if need_x and add is not None:
+        dx = dx + add
     return (
         empty_like_layout(x, tuple(x.shape)).copy_(dx) if need_x else none,
         dw.contiguous() if need_weight else none.clone(),
