@@ -17,20 +17,19 @@ from mnp_fast.stats import saliency
 from .step import LAST, folded, freeze, gradients, network
 from .timing import OURS, Case, Tensors
 
-BATCHES = 4
 PerSample = Callable[[nn.Module, dict[str, Tensor], Tensor, Tensor], list[Tensor]]
 
 
 def cases(quick: bool) -> Iterator[Case]:
     """ResNet-18 for small images, as wide as usual and as narrow as the demo's."""
-    for width, size, batch in ((8, 16, 8),) if quick else ((64, 32, 32), (16, 16, 32)):
-        yield from both(width, size, batch)
+    for shape in ((8, 16, 8, 2),) if quick else ((64, 32, 32, 4), (16, 16, 32, 16)):
+        yield from both(*shape)
 
 
-def both(width: int, size: int, batch: int) -> Iterator[Case]:
+def both(width: int, size: int, batch: int, batches: int) -> Iterator[Case]:
     """What the statistics cost beside the masks' gradients alone, and in plain torch."""
     model = network(width)
-    x = torch.rand(BATCHES * batch, 3, size, size)
+    x = torch.rand(batches * batch, 3, size, size)
     data = CleanSet(x, torch.arange(len(x)) % 10)
     ours = wrap(model)
     hand: nn.Module = folded(model).to(memory_format=LAST)  # type: ignore[call-overload]
@@ -38,7 +37,7 @@ def both(width: int, size: int, batch: int) -> Iterator[Case]:
     for frozen in (ours, hand, exact_model):
         freeze(frozen)
     exact = all_kinds(exact_model, CleanSet(x.double(), data.labels), batch)
-    name = f"ResNet-18 width {width}, {size}x{size}, {BATCHES} batches of {batch}"
+    name = f"ResNet-18 width {width}, {size}x{size}, {batches} batches of {batch}"
 
     def alone() -> Tensors:
         return sum_of_gradients(ours, data, batch)

@@ -98,7 +98,7 @@ def saliency(masked: nn.Module, data: CleanSet, batch_size: int) -> dict[str, Sa
     given = torch.cat(list(values.values()))
     totals = given.new_zeros(3, len(given))
     batches = zip(data.images.split(batch_size), data.labels.split(batch_size), strict=True)
-    with _frozen(masked):
+    with _frozen(masked), torch.enable_grad():
         for images, labels in batches:
             rows = {
                 f"{name}.mask": value.detach() if name in mixed else value.expand(len(labels), -1)

@@ -172,7 +172,8 @@ def test_the_model_stays_as_it_is():
     masked.fc.weight.requires_grad_(False)
     state = {name: value.clone() for name, value in masked.state_dict().items()}
     parameters = {name: (id(p), p.requires_grad, p.grad) for name, p in masked.named_parameters()}
-    saliency(masked, data, 4)
+    with torch.no_grad():
+        saliency(masked, data, 4)
     assert all(torch.equal(value, state[name]) for name, value in masked.state_dict().items())
     now = {name: (id(p), p.requires_grad, p.grad) for name, p in masked.named_parameters()}
     assert now == parameters
