@@ -31,7 +31,7 @@ from .io import ensure_writable, load_checkpoint, save_checkpoint
 from .objectives import MaskFit
 from .result import DefenseResult, EpochRecord, LayerNeurons
 from .selection import choose, cut_points, prune, pruning_order
-from .stats import magnitudes, taylor_saliency
+from .stats import magnitudes, saliency
 from .suppression import favoured_classes, suppress
 from .wrap import masks, unwrap, wrap
 
@@ -220,14 +220,15 @@ class _Defense:
         start = time.perf_counter()
         fitted = {name: mask.detach().clone() for name, mask in masks(self.masked).items()}
         prune(self.masked, [])
-        saliency = taylor_saliency(self.masked, self.data, SALIENCY_BATCH)
+        saliencies = saliency(self.masked, self.data, SALIENCY_BATCH)
         neurons = {
             name: LayerNeurons(
-                *(t.detach().to("cpu", torch.float32) for t in (fitted[name], magnitude, salient))
+                *(
+                    t.detach().to("cpu", torch.float32)
+                    for t in (fitted[name], magnitude, saliencies[name].taylor)
+                )
             )
-            for (name, magnitude), salient in zip(
-                magnitudes(self.masked).items(), saliency.values(), strict=True
-            )
+            for name, magnitude in magnitudes(self.masked).items()
         }
         order = pruning_order(neurons)
         conspicuous = is_conspicuous(self.state.offset_sizes.values(), self.config)

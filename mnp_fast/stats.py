@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,19 +31,131 @@ def magnitudes(masked: nn.Module, norm: str = "l1") -> dict[str, Tensor]:
     return dict(zip(layers, neuron_magnitude(weights, norm), strict=True))
 
 
-def taylor_saliency(masked: nn.Module, data: CleanSet, batch_size: int) -> dict[str, Tensor]:
-    """First-order estimate of how much the clean loss changes when a neuron's mask goes to 0.
+class Saliency(NamedTuple):
+    """How much the clean loss depends on each neuron of a layer; (neurons,) each.
 
-    ``|mask * d loss / d mask|`` with the mean cross-entropy over `data`, (neurons,) by name of
-    the masked layer, for the model in its present mode.
+    The loss is ``L = mean_n l_n`` over N samples, l_n the cross-entropy of sample n alone in nats;
+    m_k is the mask of neuron k, and ``g[n, k] = d l_n / d m_k``, not divided by N.
+
+    Attributes
+    ----------
+    taylor
+        ``|m_k * mean_n g[n, k]|``: first-order estimate of how much L changes when m_k goes to 0.
+        Molchanov et al., "Importance Estimation for Neural Network Pruning" (CVPR 2019), take its
+        square, which has the same order.
+    taylor_sample
+        ``mean_n |m_k * g[n, k]|``: the same of each l_n, so that samples do not cancel out. At
+        least `taylor`. As in Molchanov et al., "Pruning Convolutional Neural Networks for Resource
+        Efficient Inference" (arXiv 1611.06440), but summed over pixels instead of averaged.
+    fisher
+        ``mean_n (m_k * g[n, k])**2``: empirical Fisher information, at least the square of
+        `taylor_sample`. Twice the estimate of Theis et al. (arXiv 1801.05787), and 1 / N of that of
+        Liu et al. (arXiv 2108.00708), both for masks of 1.
     """
-    parameters = masks(masked)
-    totals = {name: torch.zeros_like(mask) for name, mask in parameters.items()}
-    for images, labels in zip(
-        data.images.split(batch_size), data.labels.split(batch_size), strict=True
-    ):
-        loss = F.cross_entropy(masked(images), labels, reduction="sum") / len(data)
-        grads = torch.autograd.grad(loss, list(parameters.values()))
-        for total, grad in zip(totals.values(), grads, strict=True):
-            total += grad
-    return {name: (parameters[name].detach() * total).abs() for name, total in totals.items()}
+
+    taylor: Tensor
+    taylor_sample: Tensor
+    fisher: Tensor
+
+
+def saliency(masked: nn.Module, data: CleanSet, batch_size: int) -> dict[str, Saliency]:
+    """All saliencies of every masked layer, by its name, from one forward and backward.
+
+    Every layer gets a row of masks for each sample, and the operators return its gradient.
+
+    Parameters
+    ----------
+    masked
+        A wrapped model in eval mode. Masks may have any value; they and all gradients stay as they
+        are.
+    data
+        The clean set. Results depend neither on the order of its samples nor on `batch_size`, up to
+        rounding.
+    batch_size
+        Samples in a batch, at least 1.
+
+    Returns
+    -------
+    dict of str to Saliency
+        In the masks' dtypes. `taylor_sample` and `fisher` are NaN for layers whose input does not
+        have the samples, and nothing else, on its first axis. A layer that does not run has 0.
+        Batch norms without running statistics let the samples of a batch interact: their g is the
+        gradient of the batch's summed loss by the masks of sample n.
+
+    Raises
+    ------
+    ValueError
+        `masked` is not wrapped or in train mode, or `batch_size` is below 1.
+    """
+    values = {name: mask.detach() for name, mask in masks(masked).items()}
+    if not values:
+        raise ValueError(f"masked: {type(masked).__name__} has no masks; wrap it first")
+    if masked.training:
+        raise ValueError("masked must be in eval mode: in train mode, samples have no own gradient")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    mixed = _layers_mixing_samples(masked, data.images[:2])
+    given = torch.cat(list(values.values()))
+    totals = given.new_zeros(3, len(given))
+    batches = zip(data.images.split(batch_size), data.labels.split(batch_size), strict=True)
+    with _frozen(masked), torch.enable_grad():
+        for images, labels in batches:
+            rows = {
+                f"{name}.mask": value.detach() if name in mixed else value.expand(len(labels), -1)
+                for name, value in values.items()
+            }
+            leaves = [row.requires_grad_() for row in rows.values()]
+            logits = torch.func.functional_call(masked, rows, (images,), tie_weights=False)
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
+            changes = given * torch.cat([_per_sample(grad, len(labels)) for grad in grads], 1)
+            totals += torch.stack([changes.sum(0), changes.abs().sum(0), changes.square().sum(0)])
+    means = (totals / len(data)).split([len(value) for value in values.values()], 1)
+    result = {}
+    for (name, value), mean in zip(values.items(), means, strict=True):
+        taylor, taylor_sample, fisher = mean.to(value.dtype)
+        if name in mixed:
+            taylor_sample, fisher = torch.full((2, len(value)), torch.nan).to(value)
+        result[name] = Saliency(taylor.abs(), taylor_sample, fisher)
+    return result
+
+
+def _per_sample(grad: Tensor, samples: int) -> Tensor:
+    """One row a sample, with the right sum where the gradient has but one row in all."""
+    return grad if grad.dim() == 2 else (grad / samples).expand(samples, -1)
+
+
+@torch.no_grad()
+def _layers_mixing_samples(masked: nn.Module, images: Tensor) -> set[str]:
+    """Names of the masked layers whose input has not the samples alone on its first axis."""
+    mixed: set[str] = set()
+
+    def look(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        (x,) = (*args, *kwargs.values())
+        axes = 2 if isinstance(layer, nn.Linear) else 4
+        if x.dim() < axes or len(x) != len(images):
+            mixed.add(name)
+
+    hooks = [
+        layer.register_forward_pre_hook(partial(look, name), with_kwargs=True)
+        for name, layer in masked_layers(masked).items()
+    ]
+    try:
+        masked(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return mixed
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients for the parameters: those of weights would double the work."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)

@@ -226,7 +226,7 @@ MOMENTS = {
     "epoch": (MaskFit, "epoch", 2, True),
     "batch": (MaskFit, "penalty", 7, False),  # in the middle of the second epoch
     "search": (OffsetExposure, "_search", 2, True),
-    "saliency": (module, "taylor_saliency", 1, True),
+    "saliency": (module, "saliency", 1, True),
     "cut": (module, "prune", 2, True),
     "write": (torch, "save", 3, True),
 }

@@ -52,8 +52,6 @@ template <class T>
 inline T max(T a, T b) {
   return a > b || a != a ? a : b;
 }
-inline float abs(float x) { return __builtin_fabsf(x); }
-inline double abs(double x) { return __builtin_fabs(x); }
 inline float sqrt(float x) { return __builtin_sqrtf(x); }
 inline double sqrt(double x) { return __builtin_sqrt(x); }
 
@@ -63,6 +61,7 @@ inline double sqrt(double x) { return __builtin_sqrt(x); }
 #include "direct.h"
 #include "depthwise.h"
 #include "weight_grad.h"
+#include "magnitude.h"
 #include "neurons.h"
 #include "winograd.h"
 // clang-format on
@@ -76,13 +75,12 @@ constexpr WinogradKernels<T> make_winograd() {
 
 template <class T>
 constexpr Kernels<T> make_kernels() {
-  return {panels_size<T>,           panels_count<T>,      pack_panels<T>,
-          gather_scratch<T>,        gather_gemm<T>,       depthwise<T>,
-          depthwise_weight_grad<T>, weight_grad_units<T>, weight_grad_scratch<T>,
-          weight_grad<T>,           merged_groups<T>,     skewed<T>,
-          epilogue_forward<T>,      epilogue_grad<T>,     magnitude<T>,
-          mask_update<T>,           winograd_groups<T>,   make_winograd<F2<T>>(),
-          make_winograd<F4<T>>()};
+  return {panels_size<T>,           panels_count<T>,        pack_panels<T>,
+          gather_scratch<T>,        gather_gemm<T>,         depthwise<T>,
+          depthwise_weight_grad<T>, weight_grad_units<T>,   weight_grad_scratch<T>,
+          weight_grad<T>,           merged_groups<T>,       skewed<T>,
+          epilogue_forward<T>,      epilogue_grad<T>,       mask_update<T>,
+          winograd_groups<T>,       make_winograd<F2<T>>(), make_winograd<F4<T>>()};
 }
 
 }  // namespace
@@ -94,6 +92,6 @@ constexpr Kernels<T> make_kernels() {
 
 extern const KernelTable MNP_CONCAT(kernels_, MNP_ISA);
 constexpr KernelTable MNP_CONCAT(kernels_, MNP_ISA) = {MNP_STRING(MNP_ISA), make_kernels<float>(),
-                                                       make_kernels<double>()};
+                                                       make_kernels<double>(), magnitude};
 
 }  // namespace mnp::cpu

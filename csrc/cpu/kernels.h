@@ -112,6 +112,16 @@ struct EpilogueGrad {
 };
 
 enum class Norm : int { l1, l2, linf };
+enum class Element : int { f32, f64, f16, bf16 };
+
+// One row of weights a neuron.
+struct NeuronRows {
+  const void* weights;
+  Element element;
+  int64_t size, stride;  // elements of a row, and from one row to the next
+  Norm norm;
+  void* norms;  // of the rows; double for f64, else float
+};
 
 template <class T>
 struct MaskUpdate {
@@ -175,8 +185,6 @@ struct Kernels {
   // Samples [begin, end) for neurons [first, last).
   void (*epilogue_grad)(const EpilogueGrad<T>&, int64_t begin, int64_t end, int64_t first,
                         int64_t last);
-  // Rows [begin, end) of a contiguous [neurons][size] matrix.
-  void (*magnitude)(const T* weight, int64_t size, Norm norm, T* out, int64_t begin, int64_t end);
   // Elements [begin, end).
   void (*mask_update)(const MaskUpdate<T>&, int64_t begin, int64_t end);
   // Groups of output channels that Winograd multiplies together.
@@ -188,6 +196,8 @@ struct KernelTable {
   const char* name;
   Kernels<float> f32;
   Kernels<double> f64;
+  // Rows [begin, end).
+  void (*magnitude)(const NeuronRows&, int64_t begin, int64_t end);
 };
 
 }  // namespace mnp::cpu

@@ -1,4 +1,4 @@
-// Per-neuron passes: the epilogue on its own, its gradient, magnitudes, the mask step.
+// Per-neuron passes: the epilogue on its own, its gradient, the mask step.
 // Included once per instruction set; see isa.inl.
 #pragma once
 
@@ -117,28 +117,6 @@ void epilogue_grad(const EpilogueGrad<T>& a, int64_t begin, int64_t end, int64_t
         epilogue_grad_strip(a, n, k, min(kStrip, last - k));
     else
       for (int64_t k = first; k < last; ++k) epilogue_grad_planes(a, n, k);
-}
-
-template <class T>
-void magnitude(const T* weight, int64_t size, Norm norm, T* out, int64_t begin, int64_t end) {
-  constexpr int64_t kLanes = 8 * VecOf<T>::lanes;
-  for (int64_t r = begin; r < end; ++r) {
-    const T* w = weight + r * size;
-    T part[kLanes] = {};
-    for (int64_t i = 0; i < size; i += kLanes) {
-      const int64_t count = min(kLanes, size - i);
-      if (norm == Norm::l1)
-        for (int64_t j = 0; j < count; ++j) part[j] += abs(w[i + j]);
-      else if (norm == Norm::l2)
-        for (int64_t j = 0; j < count; ++j) part[j] += w[i + j] * w[i + j];
-      else
-        for (int64_t j = 0; j < count; ++j) part[j] = max(part[j], abs(w[i + j]));
-    }
-    T total = 0;
-    for (int64_t j = 0; j < kLanes; ++j)
-      total = norm == Norm::linf ? max(total, part[j]) : total + part[j];
-    out[r] = norm == Norm::l2 ? sqrt(total) : total;
-  }
 }
 
 template <class T>

@@ -1,6 +1,59 @@
+#include <algorithm>
+#include <array>
+
 #include "ops.h"
 
 namespace mnp::ops {
+namespace {
+
+cpu::Element element_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return cpu::Element::f64;
+    case ScalarType::Half:
+      return cpu::Element::f16;
+    case ScalarType::BFloat16:
+      return cpu::Element::bf16;
+    default:
+      return cpu::Element::f32;
+  }
+}
+
+// Whether each row of the weight, (neurons, *), lies in one piece, in whatever order of its axes.
+bool has_dense_rows(const Tensor& weight) {
+  std::vector<std::array<int64_t, 2>> axes;  // stride, size
+  for (int64_t i = 1; i < weight.dim(); ++i)
+    if (weight.size(i) != 1) axes.push_back({weight.stride(i), weight.size(i)});
+  std::sort(axes.begin(), axes.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : axes) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+// Fills in all layers' norms in one parallel loop over their elements, as layers differ in size.
+void run_magnitude(const std::vector<cpu::NeuronRows>& layers,
+                   const std::vector<int64_t>& neurons) {
+  int64_t total = 0;
+  for (size_t i = 0; i < layers.size(); ++i) total += neurons[i] * layers[i].size;
+  torch::stable::parallel_for(0, total, grain(1), [&](int64_t begin, int64_t end) {
+    int64_t start = 0;
+    for (size_t i = 0; i < layers.size(); ++i) {
+      const int64_t size = layers[i].size;
+      // A row belongs to the range that its first element is in.
+      const auto row_at = [&](int64_t element) {
+        return std::clamp<int64_t>((element - start + size - 1) / size, 0, neurons[i]);
+      };
+      const int64_t first = row_at(begin), last = row_at(end);
+      if (first < last) cpu::kernels().magnitude(layers[i], first, last);
+      start += neurons[i] * size;
+    }
+  });
+}
+
+}  // namespace
 
 std::vector<Tensor> neuron_magnitude(const std::vector<Tensor>& weights, const std::string& norm) {
   const char* op = "neuron_magnitude";
@@ -12,21 +65,24 @@ std::vector<Tensor> neuron_magnitude(const std::vector<Tensor>& weights, const s
   for (const Tensor& w : weights)
     MNP_CHECK(w.is_cpu() && w.dim() >= 1, op,
               ": weights must be CPU tensors of shape (neurons, *), not ", shape_of(w));
-  std::vector<Tensor> result;
+  std::vector<Tensor> dense, norms;
+  std::vector<cpu::NeuronRows> layers;
+  std::vector<int64_t> neurons;
   for (const Tensor& given : weights) {
     const ScalarType type = compute_type(op, given);
-    const Tensor w = torch::stable::contiguous(as_type(given, type));
-    const int64_t neurons = w.size(0), size = neurons ? w.numel() / neurons : 0;
-    Tensor out = torch::stable::empty({neurons}, type);
-    with_type(type, [&](auto zero) {
-      using T = decltype(zero);
-      torch::stable::parallel_for(0, neurons, grain(size), [&](int64_t begin, int64_t end) {
-        cpu::kernels_of<T>().magnitude(data<T>(w), size, kind, mutable_data<T>(out), begin, end);
-      });
-    });
-    result.push_back(out);
+    if (given.numel() == 0) {
+      norms.push_back(torch::stable::full({given.size(0)}, 0, type));
+      continue;
+    }
+    dense.push_back(has_dense_rows(given) ? given : torch::stable::contiguous(given));
+    const Tensor& w = dense.back();
+    norms.push_back(torch::stable::empty({w.size(0)}, type));
+    neurons.push_back(w.size(0));
+    layers.push_back({w.const_data_ptr(), element_of(w.scalar_type()), w.numel() / w.size(0),
+                      w.stride(0), kind, norms.back().mutable_data_ptr()});
   }
-  return result;
+  run_magnitude(layers, neurons);
+  return norms;
 }
 
 }  // namespace mnp::ops

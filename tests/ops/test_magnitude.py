@@ -4,13 +4,15 @@ import torch
 from mnp_fast import reference
 from mnp_fast.ops import neuron_magnitude
 
-from .cases import relative_error
+from .cases import assert_same_bits, relative_error
 
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+NORMS = ["l1", "l2", "linf"]
 SHAPES = [(4, 3, 3, 3), (1, 7), (64, 513), (5, 2, 3, 3, 3), (6,), (0, 3)]
 
 
-@pytest.mark.parametrize("norm", ["l1", "l2", "linf"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_matches_reference_in_float64(norm, dtype):
     weights = [torch.randn(shape).to(dtype) for shape in SHAPES]
     actual = neuron_magnitude(weights, norm)
@@ -23,20 +25,61 @@ def test_matches_reference_in_float64(norm, dtype):
         assert relative_error(a, e) <= tolerance
 
 
-def test_any_stride():
-    w = torch.randn(6, 4, 3, 3).to(memory_format=torch.channels_last)
-    t = torch.randn(5, 7).T
-    actual = neuron_magnitude([w, t])
-    assert torch.allclose(actual[0], w.abs().sum((1, 2, 3)))
-    assert torch.allclose(actual[1], t.abs().sum(1))
+def strided(dtype):
+    def random(*shape):
+        return torch.randn(shape).to(dtype)
+
+    return {
+        "channels-last": random(6, 4, 3, 5).to(memory_format=torch.channels_last),
+        "transposed": random(5, 7).T,
+        "part of each row": random(6, 40)[:, 3:32],
+        "every other row": random(12, 33)[::2],
+        "every other column": random(6, 66)[:, ::2],
+        "one row, repeated": random(1, 19).expand(4, 19),
+        "one element, repeated": random(4, 1).expand(4, 9),
+    }
 
 
-@pytest.mark.parametrize("norm", ["l1", "l2", "linf"])
-def test_nan_is_not_hidden(norm):
-    w = torch.ones(2, 40)
-    w[1, 17] = float("nan")
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_stride(norm, dtype):
+    weights = strided(dtype)
+    actual = neuron_magnitude(list(weights.values()), norm)
+    expected = reference.neuron_magnitude([w.double() for w in weights.values()], norm)
+    for name, a, e in zip(weights, actual, expected, strict=True):
+        assert relative_error(a, e) <= (1e-14 if dtype == torch.float64 else 1e-6), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_value_of_a_half_type(dtype):
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    values = bits.view(dtype)[:, None]
+    (actual,) = neuron_magnitude([values], "linf")
+    assert torch.equal(actual.nan_to_num(-1), values[:, 0].float().abs().nan_to_num(-1))
+
+
+def test_long_rows_round_little():
+    w = torch.rand(2, 100_003) + 0.5
+    for norm in ("l1", "l2"):
+        (expected,) = reference.neuron_magnitude([w.double()], norm)
+        assert relative_error(neuron_magnitude([w], norm)[0], expected) <= 1e-6
+
+
+def test_same_for_any_number_of_threads():
+    weights = [torch.randn(shape) for shape in ((3, 50_001), (700, 301), (0, 4), (1, 9), (64, 576))]
+    assert_same_bits(lambda: tuple(neuron_magnitude(weights, "l2")), (1, 2, 3))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("place", [0, 17, 39])
+def test_nan_and_infinity_are_not_hidden(norm, dtype, place):
+    w = torch.ones(4, 40, dtype=dtype)
+    w[1, place], w[2, place], w[3] = float("nan"), -float("inf"), float("inf")
+    w[3, place] = float("nan")
     (result,) = neuron_magnitude([w], norm)
-    assert result.isnan().tolist() == [False, True]
+    assert result.isnan().tolist() == [False, True, False, True]
+    assert result[2] == float("inf")
 
 
 def test_opcheck_and_default():
