@@ -15,14 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from .config import DefenseConfig
 from .data import CleanSet, check_model, clean_set, evaluate
@@ -37,6 +29,7 @@ from .wrap import masks, unwrap, wrap
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
     from torch import Tensor, nn
 
 SALIENCY_BATCH = 256
@@ -113,6 +106,27 @@ class _State:
     exposure: dict[str, Any] = field(default_factory=dict)
 
 
+def _progress(console: Console | None) -> Progress:
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description:<12}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=console is None,
+    )
+
+
 class _Defense:
     def __init__(
         self,
@@ -135,15 +149,7 @@ class _Defense:
             self.fingerprint = _fingerprint(model, data, config)
             if self.checkpoint.exists():
                 self._resume(self.checkpoint)
-        self.progress = Progress(
-            TextColumn("{task.description:<12}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=console is None,
-        )
+        self.progress = _progress(console)
 
     def run(self) -> DefenseResult:
         with self.progress:

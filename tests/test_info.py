@@ -53,6 +53,19 @@ def run(code, **environment):
     )
 
 
+def test_import_is_light():
+    """Plots, reports, the command line and the demo import what they need themselves."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import mnp_fast; "
+        "print(*{name.split('.')[0] for name in set(sys.modules) - before})"
+    )
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+    imported = set(result.stdout.split())
+    assert "mnp_fast" in imported
+    assert not imported & {"matplotlib", "sklearn", "scipy", "jinja2", "typer", "rich"}
+
+
 COMPARISON = """
 import torch
 import mnp_fast
