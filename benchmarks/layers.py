@@ -172,7 +172,7 @@ class Layer:
         geometry = self.geometry
 
         def torch_grads(
-            dy: Tensor, x: Tensor, weight: Tensor, y: Tensor, t: Tensor, gain: Tensor
+            gain: Tensor, dy: Tensor, x: Tensor, weight: Tensor, y: Tensor, t: Tensor
         ) -> Tensors:
             dz = dy * (y > 0)
             dx = torch.ops.aten.convolution_backward(
@@ -195,17 +195,17 @@ class Layer:
             )
             return sums[1].sum(0), dx
 
-        doubles = [v.double() for v in (self.grad, self.x, self.weight, exact, exact_t, gain)]
+        doubles = [v.double() for v in (gain, self.grad, self.x, self.weight, exact, exact_t)]
         case = Case(
             f"{self.name}, backward",
             {
-                "torch, contiguous": partial(torch_grads, *plain, gain),
-                "torch, channels-last": partial(torch_grads, *last, gain),
+                "torch, contiguous": partial(torch_grads, gain, *plain),
+                "torch, channels-last": partial(torch_grads, gain, *last),
             },
             torch_grads(*doubles),
         )
         name = "torch.compile, channels-last"
-        add_compiled(case, name, lambda: partial(compiled(torch_grads), *last, gain), quick)
+        add_compiled(case, name, lambda: partial(compiled(torch_grads), gain, *last), quick)
         return self.with_ours(case, ours)
 
     def with_ours(self, case: Case, ours: Callable[[str], Tensors]) -> Case:

@@ -11,6 +11,14 @@ from benchmarks.timing import OURS, Case, measure
 SUITES = [suite.value for suite in run.Suite]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def call(command, *arguments):
     app = Typer()
     app.command()(command)
