@@ -125,13 +125,21 @@ def test_chart(tmp_path):
         {"case": "b", "by": OURS, "ratio": 0.5},
         {"case": "c", "by": OURS, "wrong": True},
     ]
-    (tmp_path / "layers.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "layers.json").write_text(json.dumps({"quick": False, "rows": rows}))
     assert chart.bars(tmp_path / "layers.json") == [("a", 2.5), ("b", 0.5)]
     image = tmp_path / "images" / "chart.png"
     result = call(chart.main, "--results", tmp_path, "--image", image)
     assert result.exit_code == 0, result.output
     assert image.read_bytes().startswith(b"\x89PNG")
     assert image.stat().st_size < 150_000
+
+
+def test_chart_of_quick_figures(tmp_path):
+    (tmp_path / "layers.json").write_text(json.dumps({"quick": True, "rows": []}))
+    result = call(chart.main, "--results", tmp_path, "--image", tmp_path / "chart.png")
+    assert result.exit_code == 2
+    assert "--quick" in result.output
+    assert not (tmp_path / "chart.png").exists()
 
 
 def test_chart_without_figures(tmp_path):
