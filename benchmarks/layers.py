@@ -92,7 +92,7 @@ class Layer:
         self.grad = self.random(*output_size(self.x, self.weight, *self.geometry))
         self.operations = 2 * self.grad.numel() * self.weight[0].numel()
         is_square = shape.kernel == 3 and shape.stride == 1
-        self.algorithms = ("auto", "direct") if is_square else ("auto",)
+        self.algorithms = ("auto", "winograd2", "direct") if is_square else ("auto",)
 
     def random(self, *sizes: int) -> Tensor:
         return torch.randn(sizes, generator=self.generator)
