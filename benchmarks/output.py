@@ -28,7 +28,7 @@ def show(rows: list[Row], title: str, head: str) -> None:
     console.print(table)
     losses = sum(row.ratio is not None and row.ratio < 1 for row in rows)
     console.print(
-        f"{losses} slower than the best peer, {sum(row.wrong for row in rows)} wrong, "
+        f"{losses} behind the best peer, {sum(row.wrong for row in rows)} wrong, "
         f"{sum(not row.values for row in rows)} excluded."
     )
 
