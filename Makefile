@@ -3,6 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 OUT ?= out/demo
+SUITES ?= layers step memory inference stats defense
 
 RUN = $(VENV)/bin
 BUILT = $(VENV)/.built
@@ -64,9 +65,11 @@ wheel: $(BUILT) ## build a wheel into wheels/
 results: $(BUILT) ## write docs/results.md; models without stored figures are run first
 	$(RUN)/python benchmarks/demo_results.py --run
 
-bench: $(BUILT) ## time layers and mask steps beside torch
-	$(RUN)/python -m benchmarks.run --suite layers
-	$(RUN)/python -m benchmarks.run --suite step
+bench: $(BUILT) ## run all benchmark suites beside torch, store their figures and draw them
+	@status=0; for suite in $(SUITES); do \
+	  $(RUN)/python -m benchmarks.run --suite $$suite --json benchmarks/results/$$suite.json \
+	    || status=1; \
+	done; $(RUN)/python -m benchmarks.chart && exit $$status
 
 clean: ## remove what was built
 	rm -rf $(VENV) build wheels out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Annotated, Optional
 import torch
 import typer
 
-from . import layers, step
-from .timing import Case, as_json, machine, run
+from . import defense, inference, layers, memory, stats, step
+from .machine import machine, measured_peaks, roofline
+from .output import as_data, show
+from .timing import Case, measure
 
 
 class Suite(str, Enum):
@@ -20,11 +23,19 @@ class Suite(str, Enum):
 
     layers = "layers"
     step = "step"
+    memory = "memory"
+    inference = "inference"
+    stats = "stats"
+    defense = "defense"
 
 
 SUITES: dict[Suite, Callable[[bool], Iterator[Case]]] = {
     Suite.layers: layers.cases,
     Suite.step: step.cases,
+    Suite.memory: memory.cases,
+    Suite.inference: inference.cases,
+    Suite.stats: stats.cases,
+    Suite.defense: defense.cases,
 }
 
 
@@ -38,7 +49,7 @@ def main(
     ] = None,
     output: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--json", help="File for all times."),
+        typer.Option("--json", help="File for all figures."),
     ] = None,
 ) -> None:
     """Time this project beside its peers, in one process; exit with 1 where a result is wrong."""
@@ -46,9 +57,14 @@ def main(
         torch.set_num_threads(threads)
     torch.manual_seed(0)
     used = torch.get_num_threads()
-    rows = run(SUITES[suite](quick), rounds, used, f"{suite.value}, {rounds} rounds")
+    clock = time.thread_time if used == 1 else time.perf_counter
+    peaks = {} if quick else measured_peaks()
+    head = "\n".join([machine(used), *([roofline(peaks)] if peaks else [])])
+    rows = [row for case in SUITES[suite](quick) for row in measure(case, rounds, clock, peaks)]
+    show(rows, f"{suite.value}, {rounds} rounds", head)
     if output is not None:
-        content = {"machine": machine(used), "rows": as_json(rows)}
+        output.parent.mkdir(parents=True, exist_ok=True)
+        content = {"machine": head, "quick": quick, "rows": as_data(rows)}
         output.write_text(json.dumps(content, indent=1) + "\n")
     if any(row.wrong for row in rows):
         raise typer.Exit(1)

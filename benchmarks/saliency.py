@@ -14,9 +14,11 @@ from mnp_fast import wrap
 from mnp_fast.data import CleanSet
 from mnp_fast.stats import saliency
 
-from .step import LAST, folded, freeze, gradients, network
+from .networks import channels_last, folded, freeze, network
+from .step import mask_gradients
 from .timing import OURS, Case, Tensors
 
+ALONE = "masks' gradients alone"
 PerSample = Callable[[nn.Module, dict[str, Tensor], Tensor, Tensor], list[Tensor]]
 
 
@@ -32,7 +34,7 @@ def both(width: int, size: int, batch: int, batches: int) -> Iterator[Case]:
     x = torch.rand(batches * batch, 3, size, size)
     data = CleanSet(x, torch.arange(len(x)) % 10)
     ours = wrap(model)
-    hand: nn.Module = folded(model).to(memory_format=LAST)  # type: ignore[call-overload]
+    hand = channels_last(folded(model))
     exact_model = wrap(model.double(), fuse=False)
     for frozen in (ours, hand, exact_model):
         freeze(frozen)
@@ -46,10 +48,10 @@ def both(width: int, size: int, batch: int, batches: int) -> Iterator[Case]:
     # Rounding flips ReLUs near 0, in torch as here.
     yield Case(
         f"beside masks' gradients alone, {name}",
-        {"masks' gradients alone": alone, OURS: found},
+        {ALONE: alone, OURS: found},
         exact,
         limit=5e-3,
-        different=frozenset({"masks' gradients alone"}),
+        different=frozenset({ALONE}),
     )
     yield Case(
         f"Taylor and Fisher saliency, {name}",
@@ -73,7 +75,7 @@ def sum_of_gradients(masked: nn.Module, data: CleanSet, batch: int) -> Tensors:
     """The gradients that a mask step needs, added over the batches."""
     total: Tensors = ()
     for images, labels in zip(data.images.split(batch), data.labels.split(batch), strict=True):
-        found = gradients(masked, images, labels)
+        found = mask_gradients(masked, images, labels)
         total = tuple(a + b for a, b in zip(total, found, strict=True)) if total else found
     return total
 
@@ -84,7 +86,9 @@ def by_hand(model: nn.Module, data: CleanSet, batch: int, per_sample: PerSample)
     values = torch.cat([mask.flatten() for mask in masks.values()])
     total = torch.zeros(3, len(values))
     for images, labels in zip(data.images.split(batch), data.labels.split(batch), strict=True):
-        grads = per_sample(model, masks, images.contiguous(memory_format=LAST), labels)
+        grads = per_sample(
+            model, masks, images.contiguous(memory_format=torch.channels_last), labels
+        )
         changes = values * torch.cat([g.flatten(1) for g in grads], 1)
         total += torch.stack([changes.sum(0), changes.abs().sum(0), changes.square().sum(0)])
     taylor, taylor_sample, fisher = total / len(data)

@@ -1,179 +1,182 @@
-"""A mask step of a whole network: forward, gradients of all masks, update."""
+"""One step of the defense's two loops on a whole network.
+
+A mask step is the forward, the gradients of all masks and their update. A suppression step is the
+forward, the gradients of all weights, their clipping and their update, with norms in eval mode.
+"""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mnp_fast import masks, wrap
-from mnp_fast.demo.resnet import ResNet18
-from mnp_fast.layers import eval_affine
 from mnp_fast.ops import mask_update_
+from mnp_fast.suppression import MAX_GRADIENT_NORM
 
+from .compiled import add_compiled, compiled
+from .networks import channels_last, folded, freeze, mask_parameters, network, public
 from .timing import OURS, Case, Function, Tensors
 
-LR, MOMENTUM = 0.01, 0.9
+LR, MOMENTUM, DECAY = 0.01, 0.9, 0.02
+LIMIT = 5e-3  # rounding flips ReLUs near 0, in torch as here
 LAST = torch.channels_last
+PUBLIC = "torch, public style"
+COMPILED = "torch.compile, channels-last"
 
 
 def cases(quick: bool) -> Iterator[Case]:
     """ResNet-18 for small images, as wide as usual and as narrow as the demo's."""
     for width, size, batch in ((8, 16, 8),) if quick else ((64, 32, 32), (16, 16, 32)):
-        yield mask_step(width, size, batch)
+        yield mask_step(width, size, batch, quick)
+        yield suppression_step(width, size, batch, quick)
 
 
-class HandMask(nn.Module):
-    """A batch norm in eval mode and its mask, folded into what plain torch does best."""
-
-    def __init__(self, norm: nn.BatchNorm2d) -> None:
-        super().__init__()
-        self.mask = nn.Parameter(torch.ones_like(norm.weight)[:, None, None])
-        self.bias = norm.bias.detach()[:, None, None]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addcmul(self.bias, x, self.mask)
+def batch_of(size: int, batch: int) -> tuple[Tensor, Tensor]:
+    """Images (batch, 3, size, size) and labels."""
+    torch.manual_seed(1)
+    return torch.rand(batch, 3, size, size), torch.arange(batch) % 10
 
 
-class PublicMask(nn.BatchNorm2d):
-    """A batch norm whose scale has a mask, as public code writes it."""
-
-    mask: nn.Parameter
-
-    @classmethod
-    def adopt(cls, norm: nn.BatchNorm2d) -> None:
-        """Turn a plain batch norm into one of these, in place."""
-        norm.__class__ = cls
-        norm.mask = nn.Parameter(torch.ones_like(norm.weight))
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.batch_norm(
-            input,
-            self.running_mean,
-            self.running_var,
-            self.weight * self.mask,
-            self.bias,
-            self.training,
-            self.momentum or 0.0,
-            self.eps,
-        )
-
-
-def network(width: int) -> nn.Module:
-    """With statistics and weights that are not 1 and 0."""
-    torch.manual_seed(0)
-    model = ResNet18(width).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.1)
-            mean, variance = module.running_mean, module.running_var
-            assert mean is not None
-            assert variance is not None
-            nn.init.normal_(mean, std=0.1)
-            nn.init.uniform_(variance, 0.5, 2)
-    return model
-
-
-def folded(model: nn.Module) -> nn.Module:
-    """Frozen, each norm's scale and shift folded into the convolution in front of it."""
-    model = copy.deepcopy(model)
-    last = None
-    for name, module in list(model.named_modules()):
-        # In this network every norm is registered right behind its convolution.
-        if isinstance(module, nn.Conv2d):
-            last = module
-        elif isinstance(module, nn.BatchNorm2d):
-            assert last is not None
-            scale, shift = eval_affine(module)
-            last.weight = nn.Parameter(last.weight * scale[:, None, None, None])
-            last.bias = nn.Parameter(shift)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, HandMask(module))
-    return model
-
-
-def mask_step(width: int, size: int, batch: int) -> Case:
+def mask_step(width: int, size: int, batch: int, quick: bool) -> Case:
     """Our wrapped network beside plain torch, all from the same state."""
     model = network(width)
-    x, labels = torch.rand(batch, 3, size, size), torch.arange(batch) % 10
-    ours = wrap(model)
-    public = copy.deepcopy(model).train()
-    for module in list(public.modules()):
-        if isinstance(module, nn.BatchNorm2d):
-            PublicMask.adopt(module)
-    best: nn.Module = folded(model).to(memory_format=LAST)  # type: ignore[call-overload]
-    exact = wrap(model.double(), fuse=False)
-    for frozen in (ours, best, exact):
-        freeze(frozen)
-    return Case(
+    x, labels = batch_of(size, batch)
+    case = Case(
         f"mask step, ResNet-18 width {width}, {size}x{size}, batch {batch}",
-        {
-            "torch, public style": plain_step(public, x, labels),
-            "torch, frozen and folded": plain_step(best, x.to(memory_format=LAST), labels),
-            OURS: our_step(ours, x, labels),
-        },
-        gradients(exact, x.double(), labels),
-        limit=5e-3,  # rounding flips ReLUs near 0, in torch as here
-        different=frozenset({"torch, public style"}),
+        {name: make(model, x, labels) for name, make in MASK_STEPS.items()},
+        exact_mask_gradients(model, x, labels),
+        limit=LIMIT,
+        different=frozenset({PUBLIC}),
     )
 
+    def compiled_step() -> Function:
+        best = channels_last(freeze(folded(model)))
+        return plain_step(best, compiled(best), x.to(memory_format=LAST), labels)
 
-def freeze(model: nn.Module) -> None:
-    """Only masks take gradients."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.endswith("mask"))
-
-
-def mask_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """All masks of any of the networks, in order."""
-    return [p for name, p in model.named_parameters() if name.endswith("mask")]
+    add_compiled(case, f"{COMPILED}, folded", compiled_step, quick)
+    return case
 
 
-def gradients(model: nn.Module, x: Tensor, labels: Tensor) -> Tensors:
+def public_step(model: nn.Module, x: Tensor, labels: Tensor) -> Function:
+    """As research code does it: norms in train mode, all gradients, NCHW."""
+    masked = public(model).train()
+    return plain_step(masked, masked, x, labels)
+
+
+def folded_step(model: nn.Module, x: Tensor, labels: Tensor, *, last: bool) -> Function:
+    """As plain torch does it best: frozen weights, norms folded into them."""
+    best = freeze(folded(model))
+    if last:
+        best, x = channels_last(best), x.to(memory_format=LAST)
+    return plain_step(best, best, x, labels)
+
+
+def our_step(model: nn.Module, x: Tensor, labels: Tensor) -> Function:
+    """A step of the wrapped network."""
+    masked = freeze(wrap(model))
+    parameters = list(masks(masked).values())
+    velocities = [torch.zeros_like(p) for p in parameters]
+    zeros = [torch.zeros_like(p) for p in parameters]
+
+    def step() -> Tensors:
+        grads = mask_gradients(masked, x, labels)
+        kept = [p.detach().clone() for p in parameters]
+        data = [p.detach() for p in parameters]
+        mask_update_(data, grads, velocities, zeros, lr=LR, momentum=MOMENTUM)
+        restore(parameters, kept)
+        return grads
+
+    return step
+
+
+MASK_STEPS: dict[str, Callable[[nn.Module, Tensor, Tensor], Function]] = {
+    PUBLIC: public_step,
+    "torch, contiguous, frozen and folded": partial(folded_step, last=False),
+    "torch, channels-last, frozen and folded": partial(folded_step, last=True),
+    OURS: our_step,
+}
+
+
+def exact_mask_gradients(model: nn.Module, x: Tensor, labels: Tensor) -> Tensors:
+    """Of all masks, in float64."""
+    exact = freeze(wrap(model, fuse=False)).double()
+    return mask_gradients(exact, x.double(), labels)
+
+
+def mask_gradients(model: nn.Module, x: Tensor, labels: Tensor) -> Tensors:
     """Of the loss by the masks, (neurons,) each."""
     loss = F.cross_entropy(model(x), labels)
-    grads = torch.autograd.grad(loss, mask_parameters(model))
-    return tuple(grad.flatten() for grad in grads)
+    return torch.autograd.grad(loss, mask_parameters(model))
 
 
-def plain_step(model: nn.Module, x: Tensor, labels: Tensor) -> Function:
+def plain_step(
+    model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor
+) -> Function:
     """A step of plain torch; weights that are not frozen get gradients as well."""
     parameters = mask_parameters(model)
     optimizer = torch.optim.SGD(parameters, LR, MOMENTUM)
 
     def step() -> Tensors:
         model.zero_grad()
-        F.cross_entropy(model(x), labels).backward()
+        F.cross_entropy(forward(x), labels).backward()
         grads = tuple(p.grad.flatten() for p in parameters if p.grad is not None)
         kept = [p.detach().clone() for p in parameters]
         optimizer.step()
         with torch.no_grad():
-            for parameter, before in zip(parameters, kept, strict=True):
+            for parameter in parameters:
                 parameter.clamp_(0, 1)
-                parameter.copy_(before)  # every step starts at the same masks
+        restore(parameters, kept)
         return grads
 
     return step
 
 
-def our_step(model: nn.Module, x: Tensor, labels: Tensor) -> Function:
-    """A step of the wrapped network."""
-    parameters = list(masks(model).values())
-    velocities = [torch.zeros_like(p) for p in parameters]
-    zeros = [torch.zeros_like(p) for p in parameters]
+@torch.no_grad()
+def restore(parameters: list[nn.Parameter], kept: list[Tensor]) -> None:
+    """Every step starts at the same masks."""
+    for parameter, before in zip(parameters, kept, strict=True):
+        parameter.copy_(before)
+
+
+def suppression_step(width: int, size: int, batch: int, quick: bool) -> Case:
+    """Our wrapped network with all weights to fit, beside torch's training step."""
+    model = network(width)
+    x, labels = batch_of(size, batch)
+    last, x_last = channels_last(network(width)), x.to(memory_format=LAST)
+    ours = wrap(model)
+    for mask in masks(ours).values():
+        mask.requires_grad_(False)
+    exact = network(width).double()
+    case = Case(
+        f"suppression step, ResNet-18 width {width}, {size}x{size}, batch {batch}",
+        {
+            "torch, contiguous": ascent_step(model, model, x, labels),
+            "torch, channels-last": ascent_step(last, last, x_last, labels),
+            OURS: ascent_step(ours, ours, x, labels),
+        },
+        ascent_step(exact, exact, x.double(), labels)(),
+        limit=LIMIT,
+    )
+    add_compiled(case, COMPILED, lambda: ascent_step(last, compiled(last), x_last, labels), quick)
+    return case
+
+
+def ascent_step(
+    model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor
+) -> Function:
+    """A step of `mnp_fast.suppression.suppress`, at learning rate 0 to stay at the same weights."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.0, weight_decay=DECAY)
 
     def step() -> Tensors:
-        grads = gradients(model, x, labels)
-        kept = [p.detach().clone() for p in parameters]
-        data = [p.detach() for p in parameters]
-        mask_update_(data, grads, velocities, zeros, lr=LR, momentum=MOMENTUM)
-        with torch.no_grad():
-            for parameter, before in zip(parameters, kept, strict=True):
-                parameter.copy_(before)
-        return grads
+        optimizer.zero_grad()
+        (-F.cross_entropy(forward(x), labels)).backward()
+        nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
+        optimizer.step()
+        return tuple(p.grad for p in parameters if p.grad is not None)
 
     return step

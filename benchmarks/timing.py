@@ -1,24 +1,25 @@
-"""Competitors timed in turn, results checked before times: what every suite shares."""
+"""Competitors called in turn, results checked before times: what every suite shares."""
 
 from __future__ import annotations
 
-import platform
 import statistics
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
-
-from mnp_fast import build_info
 
 Tensors = tuple[Tensor, ...]
 Function = Callable[[], Tensors]
 OURS = "mnp_fast"
+HEAVY_ROUNDS = 3
+
+
+def relative_error(found: Tensors, exact: Tensors) -> float:
+    """The largest ||found - exact|| / ||exact||; NaN where one is NaN."""
+    errors = [
+        ((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)
+    ]
+    return next((error for error in errors if error != error), max(errors))
 
 
 @dataclass
@@ -34,118 +35,134 @@ class Case:
     exact
         The results in float64.
     limit
-        Largest allowed ||result - exact|| / ||exact||; a faster wrong result is no result.
+        Largest allowed error; a faster wrong result is no result.
+    error
+        Of a result, given the exact one.
+    describe
+        A result in words, shown in place of its error.
     different
         Competitors that compute something else on purpose, whose result is not checked.
+    bounds
+        Of these, the ones that are no peers: they do less, and say what the machine allows.
+    excluded
+        Competitors that cannot run here, and why.
+    work, unit
+        Operations ("FLOP") or bytes ("B") a call, by competitor; of convolutions those of the
+        direct algorithm, whichever is used.
+    reading, metric
+        What is measured in place of milliseconds, read after a call, and its unit.
+    heavy
+        So long that the first call counts, and few are made.
     """
 
     name: str
     functions: dict[str, Function]
     exact: Tensors
     limit: float = 1e-5
-    different: frozenset[str] = field(default_factory=frozenset)
+    error: Callable[[Tensors, Tensors], float] = relative_error
+    describe: Callable[[Tensors], str] | None = None
+    different: frozenset[str] = frozenset()
+    bounds: frozenset[str] = frozenset()
+    excluded: dict[str, str] = field(default_factory=dict)
+    work: dict[str, float] = field(default_factory=dict)
+    unit: str = "FLOP"
+    reading: Callable[[], float] | None = None
+    metric: str = "ms"
+    heavy: bool = False
 
 
 @dataclass
 class Row:
-    """What one competitor took for one case; times in milliseconds."""
+    """What one competitor took for one case.
+
+    Attributes
+    ----------
+    case, by
+        Names of the case and the competitor.
+    error
+        Of its result; None where it is not checked.
+    note
+        Its result in words, or why it is excluded.
+    metric, values
+        One value a call.
+    wrong
+        Whether the error is above the limit.
+    ratio
+        Of our own: the best peer's median to this one's. None where either is wrong.
+    to_ours
+        Of a peer: its median to that of our first competitor.
+    rate, unit
+        Operations or bytes a second.
+    share
+        Of `rate` in what the machine allows, if that was measured.
+    """
 
     case: str
     by: str
-    error: float | None
-    times: list[float]
+    error: float | None = None
+    note: str = ""
+    metric: str = "ms"
+    values: list[float] = field(default_factory=list)
     wrong: bool = False
-    ratio: float | None = None  # of the fastest peer's median to this one's, for our own
+    ratio: float | None = None
+    to_ours: float | None = None
+    rate: float | None = None
+    unit: str = ""
+    share: float | None = None
+
+    @property
+    def is_ours(self) -> bool:
+        return self.by.startswith(OURS)
 
     @property
     def median(self) -> float:
-        return statistics.median(self.times)
+        return statistics.median(self.values)
 
 
-def measure(case: Case, rounds: int, clock: Callable[[], float]) -> list[Row]:
+def measure(
+    case: Case, rounds: int, clock: Callable[[], float], peaks: dict[str, float]
+) -> list[Row]:
     """Check every result, then call all in turn, so that they meet the same disturbances."""
+
+    def call(function: Function) -> tuple[Tensors, float]:
+        start = clock()
+        results = function()
+        elapsed = 1e3 * (clock() - start)
+        return results, elapsed if case.reading is None else case.reading()
+
     rows = {}
     for name, function in case.functions.items():
-        error = None
-        if name not in case.different:
-            error = max(
-                ((found.double() - exact).norm() / exact.norm()).item()
-                for found, exact in zip(function(), case.exact, strict=True)
-            )
-        rows[name] = Row(case.name, name, error, [], error is not None and not error <= case.limit)
-    for _ in range(rounds):
+        row = rows[name] = Row(case.name, name, metric=case.metric, unit=case.unit)
+        results, value = call(function)
+        if name not in case.different | case.bounds:
+            row.error = case.error(results, case.exact)
+            row.wrong = not row.error <= case.limit
+        if case.describe is not None:
+            row.note = case.describe(results)
+        if case.heavy:
+            row.values.append(value)
+    for _ in range(min(rounds, HEAVY_ROUNDS) - 1 if case.heavy else rounds):
         for name, function in case.functions.items():
-            start = clock()
-            function()
-            rows[name].times.append(1e3 * (clock() - start))
-    peers = [r.median for r in rows.values() if not r.by.startswith(OURS) and not r.wrong]
-    for row in rows.values():
-        if row.by.startswith(OURS) and not row.wrong and peers:
-            row.ratio = min(peers) / row.median
-    return list(rows.values())
+            rows[name].values.append(call(function)[1])
+    _compare(case, list(rows.values()), peaks)
+    excluded = [Row(case.name, name, note=why) for name, why in case.excluded.items()]
+    return [*rows.values(), *excluded]
 
 
-def run(cases: Iterable[Case], rounds: int, threads: int, title: str) -> list[Row]:
-    """Measure all cases and print their table."""
-    clock = time.thread_time if threads == 1 else time.perf_counter
-    table = Table(
-        "case", "by", "error", "ms: median (quartiles)", "best peer's time / this", title=title
-    )
-    console = Console(width=120)
-    rows = []
-    for case in cases:
-        found = measure(case, rounds, clock)
-        rows += found
-        for row in found:
-            table.add_row(row.case if row is found[0] else "", row.by, *_cells(row))
-        table.add_section()
-    console.print(machine(threads))
-    console.print(table)
-    losses = [row for row in rows if row.ratio is not None and row.ratio < 1]
-    wrong = [row for row in rows if row.wrong]
-    console.print(f"{len(losses)} slower than the best peer, {len(wrong)} wrong.")
-    return rows
-
-
-def _cells(row: Row) -> tuple[str, str, str]:
-    ordered = sorted(row.times)
-    low, high = ordered[len(ordered) // 4], ordered[3 * len(ordered) // 4]
-    verdict = "" if row.ratio is None else f"{row.ratio:.2f}" + (" loss" if row.ratio < 1 else "")
-    error = "another result" if row.error is None else f"{row.error:.1e}"
-    times = f"{row.median:.2f} ({low:.2f} to {high:.2f})"
-    return error, times, "wrong" if row.wrong else verdict
-
-
-def machine(threads: int) -> str:
-    """What the figures depend on, in a line."""
-    info = build_info()
-    kind = "CPU time" if threads == 1 else "wall time"
-    return (
-        f"{processor()}, {info['cpu']['used']}, {threads} thread(s), {kind}; "
-        f"torch {torch.__version__}, mnp_fast {info['version']}, {info['compiler']}"
-    )
-
-
-def processor() -> str:
-    """The processor's name where the system tells it."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if "model name" in line]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def as_json(rows: list[Row]) -> list[dict[str, Any]]:
-    """The rows as plain data."""
-    return [
-        {
-            "case": row.case,
-            "by": row.by,
-            "error": row.error,
-            "wrong": row.wrong,
-            "ratio_to_best_peer": row.ratio,
-            "milliseconds": row.times,
-        }
-        for row in rows
-    ]
+def _compare(case: Case, rows: list[Row], peaks: dict[str, float]) -> None:
+    """Fill in ratios and rates."""
+    right = [row for row in rows if not row.wrong and row.by not in case.bounds]
+    peers = [row for row in right if not row.is_ours]
+    ours = [row for row in right if row.is_ours]
+    for row in ours:
+        row.ratio = min(peer.median for peer in peers) / row.median if peers else None
+    for row in peers:
+        row.to_ours = row.median / ours[0].median if ours else None
+    for row in rows:
+        if row.by in case.work:
+            row.rate = 1e3 * case.work[row.by] / row.median
+    bounds = [row.rate for row in rows if row.by in case.bounds and row.rate]
+    peak = max(bounds, default=peaks.get(case.unit))
+    for row in rows:
+        if peak and row.rate:
+            row.share = row.rate / peak

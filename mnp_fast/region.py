@@ -191,7 +191,9 @@ class _Region(torch.autograd.Function):
                 grads[step.x] = dx
             if need_residual and step.relu:
                 grads[step.residual] = _sum(grads[step.residual], dz)
-            vectors = vector_grads(sums, (mask, scale, shift, bias), tuple(need_vectors))
+            vectors: list[Tensor | None] = [None] * _VECTORS
+            if any(need_vectors):
+                vectors = vector_grads(sums, (mask, scale, shift, bias), tuple(need_vectors))
             results[:0] = [dw if need_weight else None, *vectors]
         return (None, None, None, *grads[:inputs], *results)
 

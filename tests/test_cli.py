@@ -3,6 +3,7 @@ import importlib
 import inspect
 import json
 import re
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -367,11 +368,11 @@ def test_demo_limits(tmp_path, option):
 def test_interrupted_demo(tmp_path, quick_demo, monkeypatch):
     arguments = ("demo", "--out", tmp_path, "--width", 4, "--epochs", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(demo_run, "_trained", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(demo_run, "trained_model", Mock(side_effect=KeyboardInterrupt))
         result = call(*arguments)
     assert result.exit_code == 130
     assert text_of(result) == "Interrupted."
-    monkeypatch.setattr(demo_run, "_trained", lambda *_: demo_run.ResNet18(4))
+    monkeypatch.setattr(demo_run, "trained_model", lambda *_: demo_run.ResNet18(4))
     interrupt_at(monkeypatch, defend_module, "save_checkpoint", 1)
     result = call(*arguments)
     assert result.exit_code == 130

@@ -299,3 +299,36 @@ def test_images_without_a_batch_axis():
     fused, apart = build(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)))
     assert fused_blocks(fused) == [("0",)]
     assert_equal(fused, apart, inputs()[0])
+
+
+@pytest.mark.parametrize("wanted", ["image", "masks", "weights"])
+def test_gradients_of_one_kind_alone(wanted):
+    pairs = []
+    for masked in build(resnet()):
+        for parameter in masked.parameters():
+            parameter.requires_grad_(wanted == "weights" and parameter.dim() > 1)
+        for mask in parameters(masked):
+            mask.requires_grad_(wanted == "masks")
+        torch.manual_seed(1)
+        x = inputs().requires_grad_(wanted == "image")
+        leaves = [p for p in (x, *masked.parameters()) if p.requires_grad]
+        pairs.append(torch.autograd.grad(masked(x).square().sum(), leaves))
+    for mine, other in zip(*pairs, strict=True):
+        assert relative_error(mine, other) <= 1e-10
+
+
+def test_outputs_are_the_same_with_and_without_gradients():
+    fused, _ = build(resnet(), torch.float32)
+    x = inputs(torch.float32)
+    expected = fused(x)
+    with torch.no_grad():
+        assert torch.equal(fused(x), expected)
+    with torch.inference_mode():
+        assert torch.equal(fused(x), expected)
+
+
+def test_functions_of_torch_func_see_a_fused_model():
+    fused, apart = build(resnet())
+    x = inputs()
+    mine, other = (torch.func.grad(lambda x, m=m: m(x).square().sum())(x) for m in (fused, apart))
+    assert relative_error(mine, other) <= 1e-10

@@ -13,9 +13,9 @@ inline void depthwise_strip(const GatherGemm<T>& a, const GridPixel& p, int64_t 
   for (int64_t q = 0; q < a.taps; ++q) {
     const T* x = under_tap(a.input, a.in_h, a.in_w, a.in_stride, p.n, p.i * a.step_h + a.tap_h[q],
                            p.j * a.step_w + a.tap_w[q]);
-    if (!x) continue;
     const T* w = a.panels + q * a.groups + first;
-    for (int v = 0; v < V; ++v) u[v] += read(x + first, v) * read(w, v);
+    // Padding is multiplied too: 0 times infinity is NaN, as in other convolutions.
+    for (int v = 0; v < V; ++v) u[v] += (x ? read(x + first, v) : Vec<T>{}) * read(w, v);
   }
   for (int v = 0; v < V; ++v)
     OutputLane<T>(a.epilogue, p.n, first + v * L, min(L, used - v * L))
@@ -47,9 +47,8 @@ void depthwise_weight_grad(const WeightGrad<T>& a, int64_t begin, int64_t end) {
         for (int64_t j = 0; j < a.cols; ++j) {
           const T* x = under_tap(a.input, a.in_h, a.in_w, a.in_channels, row / a.rows,
                                  row % a.rows * a.step_h + a.tap_h[q], j * a.step_w + a.tap_w[q]);
-          if (x)
-            sum += load_some<T>(x + c, used) *
-                   load_some<T>(a.grad + (row * a.cols + j) * a.grad_stride + c, used);
+          const Vec<T> in = x ? load_some<T>(x + c, used) : Vec<T>{};
+          sum += in * load_some<T>(a.grad + (row * a.cols + j) * a.grad_stride + c, used);
         }
         total += sum;
       }

@@ -14,23 +14,19 @@ int64_t panels_count(int64_t width) {
 
 template <class T>
 void pack_panels(const PackPanels<T>& a, int64_t begin, int64_t end, T* panels) {
-  const Panels<T> shape{a.merged * a.width};
+  const Panels<T> shape{a.width};
   for (int64_t p = begin; p < end; ++p) {
     const int64_t lanes = shape.lanes(p), used = shape.used(p);
-    T* panel = panels + p * shape.kWide * a.taps * a.merged * a.depth;
+    T* panel = panels + p * shape.kWide * a.taps * a.depth;
     // Taps innermost: they lie side by side in contiguous weights.
-    for (int64_t d = 0; d < a.merged * a.depth; ++d) {
-      // Outputs [first, last) of the panel are of d's group; others do not see it.
-      const int64_t group = d / a.depth, start = group * a.width - p * shape.kWide;
-      const int64_t first = max<int64_t>(0, start), last = min(used, start + a.width);
-      const T* row = a.source + group * a.stride_group + d % a.depth * a.stride_d;
+    for (int64_t d = 0; d < a.depth; ++d)
       for (int64_t q = 0; q < a.taps; ++q) {
-        const T* from = row + a.tap_index[q] * a.stride_q - start * a.stride_j;
-        T* to = panel + (q * a.merged * a.depth + d) * lanes;
-        for (int64_t j = 0; j < lanes; ++j)
-          to[j] = j >= first && j < last ? from[j * a.stride_j] : T(0);
+        const T* from =
+            a.source + p * shape.kWide * a.stride_j + a.tap_index[q] * a.stride_q + d * a.stride_d;
+        T* to = panel + (q * a.depth + d) * lanes;
+        for (int64_t j = 0; j < used; ++j) to[j] = from[j * a.stride_j];
+        for (int64_t j = used; j < lanes; ++j) to[j] = 0;
       }
-    }
   }
 }
 

@@ -75,12 +75,23 @@ constexpr WinogradKernels<T> make_winograd() {
 
 template <class T>
 constexpr Kernels<T> make_kernels() {
-  return {panels_size<T>,           panels_count<T>,        pack_panels<T>,
-          gather_scratch<T>,        gather_gemm<T>,         depthwise<T>,
-          depthwise_weight_grad<T>, weight_grad_units<T>,   weight_grad_scratch<T>,
-          weight_grad<T>,           merged_groups<T>,       skewed<T>,
-          epilogue_forward<T>,      epilogue_grad<T>,       mask_update<T>,
-          winograd_groups<T>,       make_winograd<F2<T>>(), make_winograd<F4<T>>()};
+  return {panels_size<T>,
+          panels_count<T>,
+          pack_panels<T>,
+          gather_scratch<T>,
+          gather_gemm<T>,
+          depthwise<T>,
+          depthwise_weight_grad<T>,
+          weight_grad_units<T>,
+          weight_grad_scratch<T>,
+          weight_grad<T>,
+          skewed<T>,
+          epilogue_forward<T>,
+          epilogue_grad<T>,
+          mask_update<T>,
+          winograd_groups<T>,
+          make_winograd<F2<T>>(),
+          make_winograd<F4<T>>()};
 }
 
 }  // namespace

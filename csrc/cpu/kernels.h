@@ -22,12 +22,11 @@ struct Epilogue {
 };
 
 // Weights as a matrix product reads them: panels of [tap][depth][lanes] outputs. Weight j, tap q,
-// channel d of a group is source[j * stride_j + tap_index[q] * stride_q + d * stride_d]. `merged`
-// narrow groups, stride_group apart, become a wide one with zeros between them.
+// channel d of a group is source[j * stride_j + tap_index[q] * stride_q + d * stride_d].
 template <class T>
 struct PackPanels {
   const T* source;
-  int64_t merged, stride_group, stride_j, stride_q, stride_d;
+  int64_t stride_j, stride_q, stride_d;
   const int64_t* tap_index;
   int64_t taps, depth, width;
 };
@@ -77,12 +76,11 @@ struct WeightGrad {
   int64_t batch, rows, cols;
   int64_t in_h, in_w, in_channels;
   int64_t groups, depth, width;
-  int64_t merged;  // groups that one of these is made of, each with depth / merged channels
   int64_t taps;
   const int64_t* tap_h;
   const int64_t* tap_w;
   int64_t step_h, step_w;
-  T* weight_grad;  // [groups * width][depth / merged][taps]
+  T* weight_grad;  // [groups * width][depth][taps]
   int64_t l2;      // bytes of the second cache
 };
 
@@ -175,8 +173,6 @@ struct Kernels {
   int64_t (*weight_grad_units)(const WeightGrad<T>&);
   int64_t (*weight_grad_scratch)(const WeightGrad<T>&, int64_t units);
   void (*weight_grad)(const WeightGrad<T>&, int64_t begin, int64_t end, T* scratch);
-  // How many groups of so many outputs are best merged into one.
-  int64_t (*merged_groups)(int64_t groups, int64_t width);
   // A distance between rows of so many elements at which they do not share cache sets.
   int64_t (*row_stride)(int64_t size);
   // Rows [begin, end): batch * inner of channels_last layouts, batch * neurons of others.

@@ -15,14 +15,6 @@ struct Panels {
   int64_t padded() const { return width == 0 ? 0 : (count() - 1) * kWide + lanes(count() - 1); }
 };
 
-// Narrow groups waste the lanes of a panel; merged, they waste multiplications by zeros instead.
-template <class T>
-int64_t merged_groups(int64_t groups, int64_t width) {
-  int64_t merged = 1;
-  while (groups % (2 * merged) == 0 && 2 * merged * width <= Panels<T>::kWide) merged *= 2;
-  return merged;
-}
-
 // Rows that lie a multiple of 4 KiB apart would share cache sets.
 constexpr int64_t kSkew = 16;
 

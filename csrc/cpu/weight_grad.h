@@ -64,13 +64,10 @@ void weight_grad(const WeightGrad<T>& a, int64_t begin, int64_t end, T* scratch)
     const GradUnit<T> unit(a, u);
     const int64_t lanes = shape.lanes(unit.panel);
     const T* sum = sums + (u - begin) * unit_size;
-    const int64_t depth = a.depth / a.merged, width = a.width / a.merged;
     for (int64_t k = 0; k < a.width; ++k)
-      for (int64_t j = 0; j < shape.used(unit.panel); ++j) {
-        const int64_t d = unit.panel * shape.kWide + j;
-        if (d / depth == k / width)  // else of two groups that were merged
-          a.weight_grad[((unit.group * a.width + k) * depth + d % depth) * a.taps + unit.tap] =
-              sum[k * lanes + j];
-      }
+      for (int64_t j = 0; j < shape.used(unit.panel); ++j)
+        a.weight_grad[((unit.group * a.width + k) * a.depth + unit.panel * shape.kWide + j) *
+                          a.taps +
+                      unit.tap] = sum[k * lanes + j];
   }
 }

@@ -44,7 +44,6 @@ Buffer<T> pack(const Conv& conv, const Tensor& weight, const Taps& taps, bool tr
   const int64_t stride_k = weight.stride(0), stride_c = weight.stride(1);
   cpu::PackPanels<T> a{};
   a.source = data<T>(weight);
-  a.stride_group = conv.group_out() * stride_k;
   a.stride_j = transposed ? stride_c : stride_k;
   a.stride_q = conv.kw > 1 ? weight.stride(3) : weight.stride(2);
   a.stride_d = transposed ? stride_k : stride_c;
@@ -59,16 +58,15 @@ Buffer<T> pack(const Conv& conv, const Tensor& weight, const Taps& taps, bool tr
         panels[q * conv.groups + g] = a.source[g * stride_k + a.tap_index[q] * a.stride_q];
     return panels;
   }
-  a.merged = kernels.merged_groups(conv.groups, a.width);
-  const int64_t groups = conv.groups / a.merged, parts = kernels.panels_count(a.merged * a.width);
-  const int64_t size = kernels.panels_size(a.taps, a.merged * a.depth, a.merged * a.width);
-  auto panels = buffer<T>(groups * size);
-  torch::stable::parallel_for(0, groups * parts, grain(size / std::max<int64_t>(1, parts)),
+  const int64_t parts = kernels.panels_count(a.width);
+  const int64_t size = kernels.panels_size(a.taps, a.depth, a.width);
+  auto panels = buffer<T>(conv.groups * size);
+  torch::stable::parallel_for(0, conv.groups * parts, grain(size / std::max<int64_t>(1, parts)),
                               [&](int64_t begin, int64_t end) {
                                 for (int64_t i = begin; i < end; ++i) {
                                   const int64_t g = i / parts, p = i % parts;
                                   cpu::PackPanels<T> group = a;
-                                  group.source += g * a.merged * a.stride_group;
+                                  group.source += g * conv.group_out() * stride_k;
                                   kernels.pack_panels(group, p, p + 1, panels.get() + g * size);
                                 }
                               });
@@ -81,9 +79,7 @@ void run_gather(cpu::GatherGemm<T>& a, const Conv& conv, const Taps& taps) {
   a.taps = static_cast<int64_t>(taps.index.size());
   a.tap_h = taps.h.data();
   a.tap_w = taps.w.data();
-  const int64_t merged = conv.is_depthwise() ? 1 : kernels.merged_groups(conv.groups, a.width);
-  a.groups = conv.groups / merged;
-  a.depth *= merged, a.width *= merged;
+  a.groups = conv.groups;
   a.l1 = cpu::caches().l1, a.l2 = cpu::caches().l2;
   torch::stable::parallel_for(0, conv.n * a.rows * a.cols,
                               grain(a.taps * a.depth * a.width * a.groups),
@@ -192,9 +188,7 @@ void run_weight_grad(const Conv& conv, const T* g, int64_t g_stride, const T* x,
   a.grad = g, a.grad_stride = g_stride, a.input = x, a.weight_grad = dw;
   a.batch = conv.n, a.rows = conv.oh, a.cols = conv.ow;
   a.in_h = conv.h, a.in_w = conv.w, a.in_channels = conv.c;
-  a.merged = kernels.merged_groups(conv.groups, conv.group_out());
-  a.groups = conv.groups / a.merged;
-  a.depth = a.merged * conv.group_in(), a.width = a.merged * conv.group_out();
+  a.groups = conv.groups, a.depth = conv.group_in(), a.width = conv.group_out();
   a.taps = conv.taps(), a.tap_h = taps.h.data(), a.tap_w = taps.w.data();
   a.step_h = conv.stride[0], a.step_w = conv.stride[1];
   a.l2 = cpu::caches().l2;

@@ -74,16 +74,16 @@ def run_demo(
     digits = load_digits(seed)
 
     start = time.perf_counter()
-    model = _trained(digits, trigger, seed, width, epochs, console)
+    model = trained_model(digits, trigger, seed, width, epochs, console)
     trained = time.perf_counter() - start
     save_weights(model.state_dict(), out / "model.safetensors")
-    before = _measure(model, digits, trigger)
+    before = measure(model, digits, trigger)
 
     checkpoint = checkpoint_path(out, attack, seed, width, epochs)
     result = defend(
         model, digits.clean, DefenseConfig(seed=seed), checkpoint=checkpoint, console=console
     )
-    after = _measure(result.model, digits, trigger)
+    after = measure(result.model, digits, trigger)
     result.seconds = {"train": trained, **result.seconds}
 
     save_weights(result.model.state_dict(), out / "purified.safetensors")
@@ -107,7 +107,7 @@ def run_demo(
     return result
 
 
-def _trained(
+def trained_model(
     digits: Digits,
     trigger: Trigger | None,
     seed: int,
@@ -115,6 +115,7 @@ def _trained(
     epochs: int,
     console: Console,
 ) -> nn.Module:
+    """The network trained on digits of which `trigger` poisoned some; in eval mode."""
     images, labels = digits.train
     if trigger is not None:
         images, labels = poison(images, labels, trigger, POISON_RATE, seed)
@@ -127,7 +128,7 @@ def _trained(
     return model
 
 
-def _measure(model: nn.Module, digits: Digits, trigger: Trigger | None) -> dict[str, float | None]:
+def measure(model: nn.Module, digits: Digits, trigger: Trigger | None) -> dict[str, float | None]:
     """Accuracy and attack success rate on the held-back images, in percent."""
     return {
         "accuracy": accuracy(model, *digits.test),

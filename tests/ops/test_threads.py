@@ -68,7 +68,6 @@ class Worked(Dataset[list[Tensor]]):
         return [torch.tensor([torch.get_num_threads(), os.getpid()]), *work(seed)]
 
 
-@pytest.mark.timeout(60)
 def test_data_loader_workers_forked_after_use():
     expected = [work(seed) for seed in range(4)]
     loader = DataLoader(
@@ -80,7 +79,6 @@ def test_data_loader_workers_forked_after_use():
         assert same(mine, theirs)
 
 
-@pytest.mark.timeout(60)
 def test_forked_child_with_one_thread():
     """More threads than one hang in torch's own operators too: OpenMP's do not survive a fork."""
     expected = work(0)

@@ -1,0 +1,148 @@
+import json
+
+import pytest
+import torch
+from typer import Typer
+from typer.testing import CliRunner
+
+from benchmarks import chart, layers, machine, run
+from benchmarks.timing import OURS, Case, measure
+
+SUITES = [suite.value for suite in run.Suite]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def call(command, *arguments):
+    app = Typer()
+    app.command()(command)
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_suite_runs(suite, tmp_path, benchmark):
+    file = tmp_path / f"{suite}.json"
+    options = "--suite", suite, "--quick", "--rounds", 1, "--json", file
+    result = benchmark.pedantic(call, (run.main, *options), rounds=1)
+    assert result.exit_code == 0, result.output
+    rows = json.loads(file.read_text())["rows"]
+    assert not any(row.get("wrong") for row in rows)
+    cases = {row["case"] for row in rows}
+    assert {row["case"] for row in rows if row["by"].startswith(OURS) and "ratio" in row} == cases
+    for row in rows:
+        assert "values" in row or row["note"]  # none is left out without a reason
+
+
+def case_of(error, limit=1e-5, **given):
+    exact = torch.ones(4, dtype=torch.float64)
+    return Case(
+        "case",
+        {"peer": lambda: (exact,), OURS: lambda: (exact + error,), f"{OURS} b": lambda: (exact,)},
+        (exact,),
+        limit,
+        **given,
+    )
+
+
+@pytest.mark.parametrize("error", [1e-3, float("nan")])
+def test_wrong_result_gets_no_ratio(error, monkeypatch):
+    wrong = case_of(error)
+    rows = measure(wrong, 2, iter(range(100)).__next__, {})
+    assert [row.wrong for row in rows] == [False, True, False]
+    assert [row.ratio for row in rows] == [None, None, 1.0]
+    monkeypatch.setitem(run.SUITES, run.Suite.step, lambda quick: iter([wrong]))
+    result = call(run.main, "--suite", "step", "--quick", "--rounds", 1)
+    assert result.exit_code == 1
+    assert "1 wrong" in result.output
+
+
+def test_wrong_peer_is_no_peer():
+    case = case_of(0.0)
+    case.functions["faster and wrong"] = lambda: (torch.zeros(4),)
+    ticks = iter([0, 4, 0, 2, 0, 2, 0, 1] * 2)
+    rows = {row.by: row for row in measure(case, 1, ticks.__next__, {})}
+    assert rows["faster and wrong"].wrong
+    assert rows["faster and wrong"].to_ours is None
+    assert rows[OURS].ratio == 2
+    assert rows["peer"].to_ours == 2
+
+
+def test_rates_and_shares():
+    case = case_of(0.0, work={"peer": 6e9, OURS: 3e9}, unit="FLOP")
+    rows = {row.by: row for row in measure(case, 1, iter(range(100)).__next__, {"FLOP": 4e9})}
+    assert rows[OURS].rate == 3e9
+    assert rows[OURS].share == 0.75
+    assert rows[f"{OURS} b"].rate is None
+    case.bounds = frozenset({"peer"})
+    rows = {row.by: row for row in measure(case, 1, iter(range(100)).__next__, {"FLOP": 4e9})}
+    assert rows[OURS].share == 0.5
+    assert rows[OURS].ratio is None  # a bound is no peer
+
+
+def test_heavy_cases_count_the_first_call():
+    calls = []
+    case = case_of(0.0, heavy=True, reading=lambda: float(len(calls)), metric="MiB")
+    case.functions = {"peer": lambda: calls.append(1) or case.exact}
+    assert measure(case, 11, iter(range(100)).__next__, {})[0].values == [1, 2, 3]
+
+
+def test_uncompilable_peer_is_excluded_with_the_reason():
+    def fail():
+        raise RuntimeError("no compiler\nat all")
+
+    case = case_of(0.0)
+    layers.add_compiled(case, "compiled", fail)
+    row = measure(case, 1, iter(range(100)).__next__, {})[-1]
+    assert (row.by, row.note, row.values) == ("compiled", "RuntimeError: no compiler", [])
+
+
+def test_nnpack_is_excluded_where_torch_does_not_use_it():
+    [forward, _] = layers.Layer(layers.Shape(4, 4, 4), 2).cases(quick=True)
+    assert "NNPACK" in forward.excluded
+    assert torch.backends.mkldnn.enabled
+
+
+def test_machine_prints_its_peaks(monkeypatch):
+    monkeypatch.setattr(machine, "PRODUCT", 64)
+    monkeypatch.setattr(machine, "COPY", 2**20)
+    result = call(machine.main)
+    assert result.exit_code == 0
+    assert "GFLOP/s" in result.output
+    assert "GB/s" in result.output
+
+
+def test_chart(tmp_path):
+    rows = [
+        {"case": "a", "by": "torch"},
+        {"case": "a", "by": OURS, "ratio": 2.5},
+        {"case": "a", "by": f"{OURS} direct", "ratio": 0.9},
+        {"case": "b", "by": OURS, "ratio": 0.5},
+        {"case": "c", "by": OURS, "wrong": True},
+    ]
+    (tmp_path / "layers.json").write_text(json.dumps({"quick": False, "rows": rows}))
+    assert chart.bars(tmp_path / "layers.json") == [("a", 2.5), ("b", 0.5)]
+    image = tmp_path / "images" / "chart.png"
+    result = call(chart.main, "--results", tmp_path, "--image", image)
+    assert result.exit_code == 0, result.output
+    assert image.read_bytes().startswith(b"\x89PNG")
+    assert image.stat().st_size < 150_000
+
+
+def test_chart_of_quick_figures(tmp_path):
+    (tmp_path / "layers.json").write_text(json.dumps({"quick": True, "rows": []}))
+    result = call(chart.main, "--results", tmp_path, "--image", tmp_path / "chart.png")
+    assert result.exit_code == 2
+    assert "--quick" in result.output
+    assert not (tmp_path / "chart.png").exists()
+
+
+def test_chart_without_figures(tmp_path):
+    result = call(chart.main, "--results", tmp_path)
+    assert result.exit_code == 2
+    assert "make bench" in result.output
