@@ -31,16 +31,15 @@ class PublicMask(MaskedBatchNorm2d):
     """A batch norm whose scale has a mask, as public code writes it."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.batch_norm(
-            input,
-            self.running_mean,
-            self.running_var,
-            self.weight * self.mask,
-            self.bias,
-            self.training,
-            self.momentum or 0.0,
-            self.eps,
-        )
+        if self.mask.dim() == 2:  # a row for each sample, as saliency asks for
+            gain = (self.weight * self.mask)[..., None, None]
+            return self.norm(input, None, None) * gain + self.bias[:, None, None]
+        return self.norm(input, self.weight * self.mask, self.bias)
+
+    def norm(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Batch norm with other weights."""
+        mean, var, momentum = self.running_mean, self.running_var, self.momentum or 0.0
+        return F.batch_norm(input, mean, var, weight, bias, self.training, momentum, self.eps)
 
 
 def network(width: int) -> nn.Module:

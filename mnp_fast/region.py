@@ -42,8 +42,6 @@ class Step(NamedTuple):
 
 def can_run(steps: Sequence[Step], inputs: Sequence[Any]) -> bool:
     """Whether `run` computes what the blocks would compute one by one."""
-    if torch._C._are_functorch_transforms_active():
-        return False
     first = inputs[0]
     for x in inputs:
         plain = type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.dim() == 4

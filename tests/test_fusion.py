@@ -325,10 +325,3 @@ def test_outputs_are_the_same_with_and_without_gradients():
         assert torch.equal(fused(x), expected)
     with torch.inference_mode():
         assert torch.equal(fused(x), expected)
-
-
-def test_functions_of_torch_func_see_a_fused_model():
-    fused, apart = build(resnet())
-    x = inputs()
-    mine, other = (torch.func.grad(lambda x, m=m: m(x).square().sum())(x) for m in (fused, apart))
-    assert relative_error(mine, other) <= 1e-10

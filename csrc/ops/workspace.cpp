@@ -13,7 +13,11 @@ constexpr std::align_val_t kLine{64};
 constexpr std::size_t kHeader = 64;    // holds the size, and keeps what follows aligned
 constexpr std::size_t kSmall = 65536;  // below this the allocator needs no fresh pages
 
+#ifdef __SANITIZE_ADDRESS__
+std::atomic<int64_t> budget{0};  // what lies past the end of a kept block may be a part of it
+#else
 std::atomic<int64_t> budget{int64_t{256} << 20};
+#endif
 
 // Blocks that nobody uses. Its lock is only ever tried: a call that does not get it, as in a child
 // forked while another thread held it, uses plain memory.
