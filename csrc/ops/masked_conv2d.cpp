@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "conv.h"
+#include "image.h"
 
 namespace mnp::ops {
 namespace {
@@ -15,10 +16,8 @@ Tensor as_given(const Tensor& t, const Tensor& input) {
   return is_channels_last(input) ? typed : torch::stable::contiguous(typed);
 }
 
-Tensor empty(const Ints& sizes, ScalarType type, bool channels_last = false) {
-  return torch::stable::empty(
-      {sizes.data(), sizes.size()}, type, std::nullopt, std::nullopt, std::nullopt,
-      channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+Tensor empty(const Ints& sizes, ScalarType type) {
+  return torch::stable::empty({sizes.data(), sizes.size()}, type);
 }
 
 }  // namespace
@@ -67,8 +66,8 @@ std::tuple<Tensor, Tensor> masked_conv2d(const Tensor& x, const Tensor& weight,
   const Algorithm chosen = choose_algorithm(op, conv, algorithm, type, conv.oh, conv.ow);
 
   const Ints sizes{conv.n, conv.k, conv.oh, conv.ow};
-  Tensor y = empty(sizes, type, true);
-  Tensor u = keep_u ? empty(sizes, type, true) : empty({0}, type);
+  Tensor y = empty_image(sizes, type);
+  Tensor u = keep_u ? empty_image(sizes, type) : empty({0}, type);
   MaybeTensor r;
   if (residual) {
     MNP_CHECK(residual->dim() == 4 && residual->size(0) == conv.n && residual->size(1) == conv.k &&
@@ -127,8 +126,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
   }
   if (u) pre = torch::stable::contiguous(*u, MemoryFormat::ChannelsLast);
   const Ints out_sizes{conv.n, conv.k, conv.oh, conv.ow};
-  Tensor dres = need_residual ? empty(out_sizes, type, true) : empty({0}, type);
-  Tensor dx = need_x ? empty({conv.n, conv.c, conv.h, conv.w}, type, true) : empty({0}, type);
+  Tensor dres = need_residual ? empty_image(out_sizes, type) : empty({0}, type);
+  Tensor dx = need_x ? empty_image({conv.n, conv.c, conv.h, conv.w}, type) : empty({0}, type);
   Tensor dw =
       need_weight ? empty({conv.k, conv.group_in(), conv.kh, conv.kw}, type) : empty({0}, type);
   Tensor sums = need_sums ? empty({3, conv.n, conv.k}, type) : empty({0}, type);

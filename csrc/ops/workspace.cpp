@@ -45,7 +45,7 @@ void* take_memory(std::size_t bytes) {
     if (guard) {
       auto best = p.blocks.end();
       for (auto it = p.blocks.begin(); it != p.blocks.end(); ++it)
-        if (size_of(*it) >= bytes && size_of(*it) <= 2 * bytes + 65536 &&
+        if (size_of(*it) >= bytes && size_of(*it) <= bytes + bytes / 4 &&
             (best == p.blocks.end() || size_of(*it) < size_of(*best)))
           best = it;
       if (best != p.blocks.end()) {

@@ -1,5 +1,5 @@
-// Memory for the length of a call. What is given back is kept for later calls, up to a budget:
-// fresh memory costs a page fault every 4 KiB.
+// Memory of calls and of the images that they return. What is given back is kept for later calls,
+// up to a budget: fresh memory costs a page fault every 4 KiB.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,7 @@ namespace mnp::ops {
 void* take_memory(std::size_t bytes);
 void give_memory(void* memory);
 
-// Bytes that are kept at most; memory beyond them is freed when its call ends.
+// Bytes that are kept at most; memory beyond them is freed when it is given back.
 void set_memory_budget(int64_t bytes);
 int64_t memory_budget();
 
