@@ -45,10 +45,10 @@ struct Conv {
 
 enum class Algorithm { direct, winograd2, winograd4 };
 
-// The algorithm that a name stands for where an image of rows x cols is to be computed; fails where
-// it cannot compute this convolution.
+// The algorithm that a name stands for where an image of rows x cols is to be computed from `depth`
+// channels; fails where it cannot compute this convolution.
 Algorithm choose_algorithm(const char* op, const Conv& conv, const std::string& name,
-                           ScalarType type, int64_t rows, int64_t cols);
+                           ScalarType type, int64_t rows, int64_t cols, int64_t depth);
 
 // The output, from NHWC input.
 template <class T>

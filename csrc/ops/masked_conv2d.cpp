@@ -29,7 +29,7 @@ Tensor even_taps(const Tensor& weight) {
 }
 
 Algorithm choose_algorithm(const char* op, const Conv& conv, const std::string& name,
-                           ScalarType type, int64_t rows, int64_t cols) {
+                           ScalarType type, int64_t rows, int64_t cols, int64_t depth) {
   MNP_CHECK(name == "auto" || name == "direct" || name == "winograd2" || name == "winograd4", op,
             ": algorithm must be 'auto', 'direct', 'winograd2' or 'winograd4', not '", name, "'");
   const auto both = [](const int64_t* v, int64_t value) { return v[0] == value && v[1] == value; };
@@ -43,8 +43,8 @@ Algorithm choose_algorithm(const char* op, const Conv& conv, const std::string& 
   if (name == "winograd4") return Algorithm::winograd4;
   // Where F(4x4, 3x3) was no slower, measured with one thread on AVX2.
   const int64_t tiles = conv.n * ((rows + 3) / 4) * ((cols + 3) / 4);
-  const bool faster = type == ScalarType::Float && conv.c >= 16 && conv.k >= 16 && tiles >= 8 &&
-                      conv.n * rows * cols >= 10 * tiles;
+  const bool faster =
+      type == ScalarType::Float && depth >= 8 && tiles >= 8 && conv.n * rows * cols >= 10 * tiles;
   return name == "auto" && possible && faster ? Algorithm::winograd4 : Algorithm::direct;
 }
 
@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor> masked_conv2d(const Tensor& x, const Tensor& weight,
   const Tensor c = neuron_vector(op, "shift", shift, conv.k, 0, x, type);
   const Tensor b = neuron_vector(op, "bias", bias, conv.k, 0, x, type);
   const bool relu = parse_activation(op, activation);
-  const Algorithm chosen = choose_algorithm(op, conv, algorithm, type, conv.oh, conv.ow);
+  const Algorithm chosen = choose_algorithm(op, conv, algorithm, type, conv.oh, conv.ow, conv.c);
 
   const Ints sizes{conv.n, conv.k, conv.oh, conv.ow};
   Tensor y = empty_image(sizes, type);
@@ -107,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
   const Mask m(op, mask, conv.n, conv.k, x, type);
   const Tensor a = neuron_vector(op, "scale", scale, conv.k, 1, x, type);
   const Tensor c = neuron_vector(op, "shift", shift, conv.k, 0, x, type);
-  const Algorithm chosen = choose_algorithm(op, conv, algorithm, type, conv.h, conv.w);
+  const Algorithm chosen = choose_algorithm(op, conv, algorithm, type, conv.h, conv.w, conv.k);
   MNP_CHECK(grad.dim() == 4 && grad.size(0) == conv.n && grad.size(1) == conv.k &&
                 grad.size(2) == conv.oh && grad.size(3) == conv.ow,
             op, ": grad must have the output's shape, not ", shape_of(grad));
