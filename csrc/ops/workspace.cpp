@@ -1,5 +1,7 @@
 #include "workspace.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <atomic>
 #include <mutex>
@@ -10,17 +12,18 @@ namespace mnp::ops {
 namespace {
 
 constexpr std::align_val_t kLine{64};
-constexpr std::size_t kHeader = 64;    // holds the size, and keeps what follows aligned
-constexpr std::size_t kSmall = 65536;  // below this the allocator needs no fresh pages
-
+constexpr std::size_t kHeader = 64;  // holds the size, and keeps what follows aligned
+// Below this the allocator needs no fresh pages.
 #ifdef __SANITIZE_ADDRESS__
-std::atomic<int64_t> budget{0};  // what lies past the end of a kept block may be a part of it
+constexpr std::size_t kSmall =
+    SIZE_MAX;  // all from the allocator, which guards what lies past the end
 #else
-std::atomic<int64_t> budget{int64_t{256} << 20};
+constexpr std::size_t kSmall = 65536;
 #endif
 
-// Blocks that nobody uses. Its lock is only ever tried: a call that does not get it, as in a child
-// forked while another thread held it, uses plain memory.
+std::atomic<int64_t> budget{int64_t{256} << 20};
+
+// Blocks that nobody uses.
 struct Pool {
   std::mutex lock;
   std::vector<char*> blocks;
@@ -32,16 +35,46 @@ Pool& pool() {
   return *pool;
 }
 
+// The pool's lock, which is held for a moment only. A call that does not get it soon, as in a child
+// forked while another thread held it, does without the pool.
+std::unique_lock<std::mutex> lock(Pool& p) {
+  constexpr int kTries = 4096;
+  std::unique_lock guard(p.lock, std::try_to_lock);
+  for (int i = 0; i < kTries && !guard; ++i) guard.try_lock();
+  return guard;
+}
+
 std::size_t& size_of(char* block) { return *reinterpret_cast<std::size_t*>(block); }
 
-void release(char* block) { ::operator delete(block, kLine); }
+// Large blocks are mapped: many of changing sizes, taken and given by several threads, would leave
+// the allocator's heaps full of holes.
+char* acquire(std::size_t bytes) {
+  char* block;
+  if (bytes < kSmall) {
+    block = static_cast<char*>(::operator new(bytes + kHeader, kLine));
+  } else {
+    void* const pages =
+        mmap(nullptr, bytes + kHeader, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (pages == MAP_FAILED) throw std::bad_alloc();
+    block = static_cast<char*>(pages);
+  }
+  size_of(block) = bytes;
+  return block;
+}
+
+void release(char* block) {
+  if (size_of(block) < kSmall)
+    ::operator delete(block, kLine);
+  else
+    munmap(block, size_of(block) + kHeader);
+}
 
 }  // namespace
 
 void* take_memory(std::size_t bytes) {
   if (bytes >= kSmall) {
     Pool& p = pool();
-    const std::unique_lock guard(p.lock, std::try_to_lock);
+    const auto guard = lock(p);
     if (guard) {
       auto best = p.blocks.end();
       for (auto it = p.blocks.begin(); it != p.blocks.end(); ++it)
@@ -56,9 +89,7 @@ void* take_memory(std::size_t bytes) {
       }
     }
   }
-  char* const block = static_cast<char*>(::operator new(bytes + kHeader, kLine));
-  size_of(block) = bytes;
-  return block + kHeader;
+  return acquire(bytes) + kHeader;
 }
 
 void give_memory(void* memory) {
@@ -67,7 +98,7 @@ void give_memory(void* memory) {
   std::vector<char*> old;
   {
     Pool& p = pool();
-    const std::unique_lock guard(p.lock, std::try_to_lock);
+    const auto guard = lock(p);
     const int64_t bytes = size_of(block);
     if (!guard || size_of(block) < kSmall || bytes > budget) {
       old.push_back(block);
@@ -89,7 +120,7 @@ void set_memory_budget(int64_t bytes) {
   std::vector<char*> old;
   {
     Pool& p = pool();
-    const std::unique_lock guard(p.lock, std::try_to_lock);
+    const auto guard = lock(p);
     if (guard) {
       old.swap(p.blocks);
       p.bytes = 0;
