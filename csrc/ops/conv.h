@@ -45,31 +45,25 @@ struct Conv {
 
 enum class Algorithm { direct, winograd2, winograd4 };
 
-// The algorithm that a name stands for where an image of rows x cols is to be computed from `depth`
-// channels; fails where it cannot compute this convolution.
-Algorithm choose_algorithm(const char* op, const Conv& conv, const std::string& name,
-                           ScalarType type, int64_t rows, int64_t cols, int64_t depth);
-
-// The output, from NHWC input.
+// The output, from NHWC input, and the gradient of the input from that of the convolution, g, whose
+// pixels are g_stride apart. Weights have their taps at one stride.
 template <class T>
-void run_forward(const Conv& conv, Algorithm algorithm, const Tensor& weight, const T* x,
-                 const cpu::Epilogue<T>& epilogue, T* y);
-
-// The gradient of the input from that of the convolution, g, whose pixels are g_stride apart, and
-// `add`, which may be null.
+void direct_forward(const Conv& conv, const Tensor& weight, const T* x,
+                    const cpu::Epilogue<T>& epilogue, T* y);
 template <class T>
-void run_input_grad(const Conv& conv, Algorithm algorithm, const Tensor& weight, const T* g,
-                    int64_t g_stride, const T* add, T* dx);
+void direct_input_grad(const Conv& conv, const Tensor& weight, const T* g, int64_t g_stride,
+                       const cpu::Epilogue<T>& epilogue, T* dx);
+
+// The same by one of Winograd's algorithms.
+template <class T>
+void winograd_forward(const Conv& conv, Algorithm algorithm, const Tensor& weight, const T* x,
+                      const cpu::Epilogue<T>& epilogue, T* y);
+template <class T>
+void winograd_input_grad(const Conv& conv, Algorithm algorithm, const Tensor& weight, const T* g,
+                         int64_t g_stride, const cpu::Epilogue<T>& epilogue, T* dx);
 
 // The gradient of the weights, [K][C / groups][kh][kw].
 template <class T>
-void run_weight_grad(const Conv& conv, const T* g, int64_t g_stride, const T* x, T* dw);
-
-// Runs `a` with the convolution's weights, for a gradient of the input turned and transposed.
-template <class T>
-void run_winograd(cpu::Winograd<T>& a, Algorithm algorithm, const Tensor& weight, bool transposed);
-
-// The weight with taps at one stride, which contiguous and channels-last weights have as they are.
-Tensor even_taps(const Tensor& weight);
+void weight_grad(const Conv& conv, const T* g, int64_t g_stride, const T* x, T* dw);
 
 }  // namespace mnp::ops

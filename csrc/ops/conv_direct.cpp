@@ -90,6 +90,8 @@ void run_gather(cpu::GatherGemm<T>& a, const Conv& conv, const Taps& taps) {
                               });
 }
 
+}  // namespace
+
 template <class T>
 void direct_forward(const Conv& conv, const Tensor& weight, const T* x,
                     const cpu::Epilogue<T>& epilogue, T* y) {
@@ -133,55 +135,7 @@ void direct_input_grad(const Conv& conv, const Tensor& weight, const T* g, int64
 }
 
 template <class T>
-cpu::Winograd<T> winograd_forward(const Conv& conv, const T* x, const cpu::Epilogue<T>& epilogue,
-                                  T* y) {
-  cpu::Winograd<T> a{};
-  a.input = x;
-  a.batch = conv.n, a.in_h = conv.h, a.in_w = conv.w, a.in_stride = a.depth = conv.c;
-  a.padding_h = conv.padding[0], a.padding_w = conv.padding[1];
-  a.output = y;
-  a.out_h = conv.oh, a.out_w = conv.ow, a.width = conv.k;
-  a.epilogue = &epilogue;
-  return a;
-}
-
-// The gradient of the input is a convolution with the weights turned by 180 degrees.
-template <class T>
-cpu::Winograd<T> winograd_input_grad(const Conv& conv, const T* g, int64_t g_stride,
-                                     const cpu::Epilogue<T>& epilogue, T* dx) {
-  cpu::Winograd<T> a{};
-  a.input = g;
-  a.batch = conv.n, a.in_h = conv.oh, a.in_w = conv.ow, a.in_stride = g_stride, a.depth = conv.k;
-  a.padding_h = 2 - conv.padding[0], a.padding_w = 2 - conv.padding[1];
-  a.output = dx;
-  a.out_h = conv.h, a.out_w = conv.w, a.width = conv.c;
-  a.epilogue = &epilogue;
-  return a;
-}
-
-}  // namespace
-
-template <class T>
-void run_forward(const Conv& conv, Algorithm algorithm, const Tensor& weight, const T* x,
-                 const cpu::Epilogue<T>& epilogue, T* y) {
-  if (algorithm == Algorithm::direct) return direct_forward(conv, weight, x, epilogue, y);
-  auto a = winograd_forward(conv, x, epilogue, y);
-  run_winograd(a, algorithm, weight, false);
-}
-
-template <class T>
-void run_input_grad(const Conv& conv, Algorithm algorithm, const Tensor& weight, const T* g,
-                    int64_t g_stride, const T* add, T* dx) {
-  cpu::Epilogue<T> epilogue{};
-  epilogue.residual = add;
-  if (algorithm == Algorithm::direct)
-    return direct_input_grad(conv, weight, g, g_stride, epilogue, dx);
-  auto a = winograd_input_grad(conv, g, g_stride, epilogue, dx);
-  run_winograd(a, algorithm, weight, true);
-}
-
-template <class T>
-void run_weight_grad(const Conv& conv, const T* g, int64_t g_stride, const T* x, T* dw) {
+void weight_grad(const Conv& conv, const T* g, int64_t g_stride, const T* x, T* dw) {
   const auto& kernels = cpu::kernels_of<T>();
   const Taps taps = forward_taps(conv);
   cpu::WeightGrad<T> a{};
@@ -204,15 +158,15 @@ void run_weight_grad(const Conv& conv, const T* g, int64_t g_stride, const T* x,
       });
 }
 
-template void run_forward(const Conv&, Algorithm, const Tensor&, const float*,
-                          const cpu::Epilogue<float>&, float*);
-template void run_input_grad(const Conv&, Algorithm, const Tensor&, const float*, int64_t,
-                             const float*, float*);
-template void run_weight_grad(const Conv&, const float*, int64_t, const float*, float*);
-template void run_forward(const Conv&, Algorithm, const Tensor&, const double*,
-                          const cpu::Epilogue<double>&, double*);
-template void run_input_grad(const Conv&, Algorithm, const Tensor&, const double*, int64_t,
-                             const double*, double*);
-template void run_weight_grad(const Conv&, const double*, int64_t, const double*, double*);
+template void direct_forward(const Conv&, const Tensor&, const float*, const cpu::Epilogue<float>&,
+                             float*);
+template void direct_input_grad(const Conv&, const Tensor&, const float*, int64_t,
+                                const cpu::Epilogue<float>&, float*);
+template void weight_grad(const Conv&, const float*, int64_t, const float*, float*);
+template void direct_forward(const Conv&, const Tensor&, const double*,
+                             const cpu::Epilogue<double>&, double*);
+template void direct_input_grad(const Conv&, const Tensor&, const double*, int64_t,
+                                const cpu::Epilogue<double>&, double*);
+template void weight_grad(const Conv&, const double*, int64_t, const double*, double*);
 
 }  // namespace mnp::ops

@@ -4,7 +4,9 @@
 #include "cpu/caches.h"
 
 namespace mnp::ops {
+namespace {
 
+// Runs `a` with the convolution's weights, for a gradient of the input turned and transposed.
 template <class T>
 void run_winograd(cpu::Winograd<T>& a, Algorithm algorithm, const Tensor& weight, bool transposed) {
   const auto& all = cpu::kernels_of<T>();
@@ -57,7 +59,42 @@ void run_winograd(cpu::Winograd<T>& a, Algorithm algorithm, const Tensor& weight
   });
 }
 
-template void run_winograd(cpu::Winograd<float>&, Algorithm, const Tensor&, bool);
-template void run_winograd(cpu::Winograd<double>&, Algorithm, const Tensor&, bool);
+}  // namespace
+
+template <class T>
+void winograd_forward(const Conv& conv, Algorithm algorithm, const Tensor& weight, const T* x,
+                      const cpu::Epilogue<T>& epilogue, T* y) {
+  cpu::Winograd<T> a{};
+  a.input = x;
+  a.batch = conv.n, a.in_h = conv.h, a.in_w = conv.w, a.in_stride = a.depth = conv.c;
+  a.padding_h = conv.padding[0], a.padding_w = conv.padding[1];
+  a.output = y;
+  a.out_h = conv.oh, a.out_w = conv.ow, a.width = conv.k;
+  a.epilogue = &epilogue;
+  run_winograd(a, algorithm, weight, false);
+}
+
+// The gradient of the input is a convolution with the weights turned by 180 degrees.
+template <class T>
+void winograd_input_grad(const Conv& conv, Algorithm algorithm, const Tensor& weight, const T* g,
+                         int64_t g_stride, const cpu::Epilogue<T>& epilogue, T* dx) {
+  cpu::Winograd<T> a{};
+  a.input = g;
+  a.batch = conv.n, a.in_h = conv.oh, a.in_w = conv.ow, a.in_stride = g_stride, a.depth = conv.k;
+  a.padding_h = 2 - conv.padding[0], a.padding_w = 2 - conv.padding[1];
+  a.output = dx;
+  a.out_h = conv.h, a.out_w = conv.w, a.width = conv.c;
+  a.epilogue = &epilogue;
+  run_winograd(a, algorithm, weight, true);
+}
+
+template void winograd_forward(const Conv&, Algorithm, const Tensor&, const float*,
+                               const cpu::Epilogue<float>&, float*);
+template void winograd_input_grad(const Conv&, Algorithm, const Tensor&, const float*, int64_t,
+                                  const cpu::Epilogue<float>&, float*);
+template void winograd_forward(const Conv&, Algorithm, const Tensor&, const double*,
+                               const cpu::Epilogue<double>&, double*);
+template void winograd_input_grad(const Conv&, Algorithm, const Tensor&, const double*, int64_t,
+                                  const cpu::Epilogue<double>&, double*);
 
 }  // namespace mnp::ops

@@ -20,14 +20,14 @@ Tensor empty(const Ints& sizes, ScalarType type) {
   return torch::stable::empty({sizes.data(), sizes.size()}, type);
 }
 
-}  // namespace
-
 // The weight with taps at one stride, which contiguous and channels-last weights have as they are.
 Tensor even_taps(const Tensor& weight) {
   const bool even = weight.size(2) == 1 || weight.stride(2) == weight.size(3) * weight.stride(3);
   return even ? weight : torch::stable::contiguous(weight);
 }
 
+// The algorithm that a name stands for where an image of rows x cols is to be computed from `depth`
+// channels; fails where it cannot compute this convolution.
 Algorithm choose_algorithm(const char* op, const Conv& conv, const std::string& name,
                            ScalarType type, int64_t rows, int64_t cols, int64_t depth) {
   MNP_CHECK(name == "auto" || name == "direct" || name == "winograd2" || name == "winograd4", op,
@@ -47,6 +47,8 @@ Algorithm choose_algorithm(const char* op, const Conv& conv, const std::string& 
       type == ScalarType::Float && depth >= 8 && tiles >= 8 && conv.n * rows * cols >= 10 * tiles;
   return name == "auto" && possible && faster ? Algorithm::winograd4 : Algorithm::direct;
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor> masked_conv2d(const Tensor& x, const Tensor& weight,
                                          const MaybeTensor& mask, const MaybeTensor& scale,
@@ -90,7 +92,10 @@ std::tuple<Tensor, Tensor> masked_conv2d(const Tensor& x, const Tensor& weight,
                                     data_or_null<T>(r),
                                     keep_u ? mutable_data<T>(u) : nullptr,
                                     relu};
-    run_forward(conv, chosen, kernel, data<T>(input), epilogue, mutable_data<T>(y));
+    if (chosen == Algorithm::direct)
+      direct_forward(conv, kernel, data<T>(input), epilogue, mutable_data<T>(y));
+    else
+      winograd_forward(conv, chosen, kernel, data<T>(input), epilogue, mutable_data<T>(y));
   });
   return {as_given(y, x), u};
 }
@@ -147,12 +152,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
     e.g = g.get(), e.g_stride = g_stride;
     e.sums = need_sums ? mutable_data<T>(sums) : nullptr;
     run_epilogue_grad(e);
-    if (need_x)
-      run_input_grad(conv, chosen, even_taps(as_type(weight, type)), g.get(), g_stride,
-                     data_or_null<T>(more), mutable_data<T>(dx));
+    if (need_x) {
+      const Tensor kernel = even_taps(as_type(weight, type));
+      cpu::Epilogue<T> sum{};
+      sum.residual = data_or_null<T>(more);
+      if (chosen == Algorithm::direct)
+        direct_input_grad(conv, kernel, g.get(), g_stride, sum, mutable_data<T>(dx));
+      else
+        winograd_input_grad(conv, chosen, kernel, g.get(), g_stride, sum, mutable_data<T>(dx));
+    }
     if (need_weight) {
       const Tensor input = to_channels_last(x, type);
-      run_weight_grad(conv, g.get(), g_stride, data<T>(input), mutable_data<T>(dw));
+      weight_grad(conv, g.get(), g_stride, data<T>(input), mutable_data<T>(dw));
     }
   });
   return {need_x ? as_given(dx, x) : dx, need_weight ? as_type(dw, x.scalar_type()) : dw,

@@ -74,7 +74,7 @@ def masked_conv2d(
     algorithm
         `"direct"`, or on the CPU for a 3×3 kernel with stride 1, dilation 1 and one group
         `"winograd4"` (Winograd's F(4×4, 3×3), several times faster) or `"winograd2"` (F(2×2, 3×3),
-        half as fast as that and as exact as the direct one). Relative errors in float32 are below
+        slower than that and as exact as the direct one). Relative errors in float32 are below
         1e-5 for `"winograd4"` and 1e-6 for the others; in Winograd's an infinity becomes a NaN and
         reaches the outputs of its tile. `"auto"` chooses by the shape, and the direct one in
         float64. Input gradients follow it.
