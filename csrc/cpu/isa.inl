@@ -63,6 +63,7 @@ inline double sqrt(double x) { return __builtin_sqrt(x); }
 #include "weight_grad.h"
 #include "magnitude.h"
 #include "neurons.h"
+#include "winograd_forms.h"
 #include "winograd.h"
 // clang-format on
 
@@ -91,7 +92,9 @@ constexpr Kernels<T> make_kernels() {
           mask_update<T>,
           winograd_groups<T>,
           make_winograd<F2<T>>(),
-          make_winograd<F4<T>>()};
+          make_winograd<F4<T>>(),
+          make_winograd<F4Stride2<T>>(),
+          make_winograd<F4Stride2Grad<T>>()};
 }
 
 }  // namespace

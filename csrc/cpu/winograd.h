@@ -1,78 +1,18 @@
-// Winograd's F(4x4, 3x3) and F(2x2, 3x3): a tile of 6x6 inputs gives 4x4 outputs with 36 products
-// instead of 144, one of 4x4 gives 2x2 with 16 instead of 36.
-// Included once per instruction set; see isa.inl and docs/kernels.md.
+// Winograd's convolutions in tiles. Included once per instruction set; see isa.inl,
+// winograd_forms.h and docs/kernels.md.
 //
-// In one dimension y = At((G w) * (Bt d)). Per position of a tile, the products of all tiles and
-// channels are a matrix product:
+// Per position of a tile, the products of all tiles and channels are a matrix product:
 // inputs [position][tile][depth] times weights [group][position][panel][depth][lanes].
 #pragma once
 
-// The points 0, 1, -1, 1/2, -2 and infinity.
-template <class Type>
-struct F4 {
-  using T = Type;
-  static constexpr int64_t kIn = 6, kOut = 4;
-
-  // G, whose rows carry the divisors that Bt is then free of.
-  static void weight(const Vec<T>* w, int64_t step, Vec<T>* out, int64_t out_step) {
-    const Vec<T> a = w[0], b = w[step], c = w[2 * step];
-    const Vec<T> ends = a + c, wide = a + T(4) * c;
-    out[0] = a;
-    out[out_step] = (ends + b) * T(1. / 3);
-    out[2 * out_step] = (b - ends) * T(1. / 3);
-    out[3 * out_step] = (a + T(0.5) * b + T(0.25) * c) * T(-16. / 15);
-    out[4 * out_step] = (wide - T(2) * b) * T(1. / 15);
-    out[5 * out_step] = c;
-  }
-
-  static void input(const Vec<T>* d, Vec<T>* out, int64_t out_step) {
-    const Vec<T> odd = d[3] - d[1], even = d[4] - d[2];
-    out[0] = (d[0] + d[4]) - T(2) * d[2] + T(1.5) * odd;
-    out[out_step] = (d[4] - d[1]) + T(0.5) * d[2] + T(2.5) * d[3];
-    out[2 * out_step] = (d[4] + d[1]) - T(2.5) * d[2] + T(0.5) * d[3];
-    out[3 * out_step] = even + T(2) * odd;
-    out[4 * out_step] = even - T(0.5) * odd;
-    out[5 * out_step] = (d[1] + d[5]) - T(2) * d[3] + T(1.5) * even;
-  }
-
-  static void output(const Vec<T>* m, Vec<T>* out, int64_t out_step) {
-    const Vec<T> sum = m[1] + m[2], difference = m[1] - m[2];
-    out[0] = (m[0] + sum) + (m[3] + m[4]);
-    out[out_step] = difference + T(0.5) * m[3] - T(2) * m[4];
-    out[2 * out_step] = sum + T(0.25) * m[3] + T(4) * m[4];
-    out[3 * out_step] = difference + T(0.125) * m[3] - T(8) * m[4] + m[5];
-  }
-};
-
-// The points 0, 1, -1 and infinity.
-template <class Type>
-struct F2 {
-  using T = Type;
-  static constexpr int64_t kIn = 4, kOut = 2;
-
-  static void weight(const Vec<T>* w, int64_t step, Vec<T>* out, int64_t out_step) {
-    const Vec<T> ends = w[0] + w[2 * step];
-    out[0] = w[0];
-    out[out_step] = (ends + w[step]) * T(0.5);
-    out[2 * out_step] = (ends - w[step]) * T(0.5);
-    out[3 * out_step] = w[2 * step];
-  }
-
-  static void input(const Vec<T>* d, Vec<T>* out, int64_t out_step) {
-    out[0] = d[0] - d[2];
-    out[out_step] = d[1] + d[2];
-    out[2 * out_step] = d[2] - d[1];
-    out[3 * out_step] = d[1] - d[3];
-  }
-
-  static void output(const Vec<T>* m, Vec<T>* out, int64_t out_step) {
-    out[0] = m[0] + m[1] + m[2];
-    out[out_step] = m[1] - m[2] - m[3];
-  }
-};
-
 template <class F>
-constexpr int64_t kPositions = F::kIn * F::kIn;
+constexpr int64_t kPositions = F::kPoints * F::kPoints;
+
+// Where the weights of a position lie among those of all: products may share them.
+template <class F>
+constexpr int64_t weight_position(int64_t position) {
+  return F::weight_of(position / F::kPoints) * F::kWeights + F::weight_of(position % F::kPoints);
+}
 
 // Panels whose products are kept until they become outputs: 32 channels.
 template <class T>
@@ -91,7 +31,7 @@ inline int64_t group_position(int64_t depth) {
 
 template <class F>
 int64_t winograd_group_size(int64_t depth) {
-  return kPositions<F> * group_position<typename F::T>(depth);
+  return F::kWeights * F::kWeights * group_position<typename F::T>(depth);
 }
 
 // Elements from one position's inputs of so many tiles to the next.
@@ -131,13 +71,13 @@ inline void pack_winograd_panel(const T* taps, int64_t depth, int64_t position, 
   constexpr int64_t L = VecOf<T>::lanes;
   for (int64_t d = 0; d < depth; ++d, taps += 9 * V * L, panel += V * L)
     for (int v = 0; v < V; ++v) {
-      Vec<T> w[9], half[3 * F::kIn], whole[F::kIn];
+      Vec<T> w[9], half[3 * F::kWeights], whole[F::kWeights];
       for (int64_t q = 0; q < 9; ++q) w[q] = load<T>(taps + (q * V + v) * L);
       for (int64_t j = 0; j < 3; ++j) F::weight(w + j, 3, half + j, 3);
-      for (int64_t i = 0; i < F::kIn; ++i) {
+      for (int64_t i = 0; i < F::kWeights; ++i) {
         F::weight(half + 3 * i, 1, whole, 1);
-        for (int64_t j = 0; j < F::kIn; ++j)
-          store<T>(panel + (i * F::kIn + j) * position + v * L, whole[j]);
+        for (int64_t j = 0; j < F::kWeights; ++j)
+          store<T>(panel + (i * F::kWeights + j) * position + v * L, whole[j]);
       }
     }
 }
@@ -194,7 +134,7 @@ int64_t winograd_tiles(const Winograd<T>& a) {
 // One vector of channels, or the last `count` of them, of a tile whose pixels are given.
 template <class F, bool Whole, class T = typename F::T>
 inline void input_lane(const T* const* pixel, int64_t c, int64_t count, T* out, int64_t position) {
-  Vec<T> d[F::kIn], half[kPositions<F>], whole[F::kIn];
+  Vec<T> d[F::kIn], half[F::kPoints * F::kIn], whole[F::kPoints];
   for (int64_t j = 0; j < F::kIn; ++j) {
     for (int64_t i = 0; i < F::kIn; ++i) {
       const T* x = pixel[i * F::kIn + j] + c;
@@ -202,9 +142,10 @@ inline void input_lane(const T* const* pixel, int64_t c, int64_t count, T* out, 
     }
     F::input(d, half + j, F::kIn);
   }
-  for (int64_t i = 0; i < F::kIn; ++i) {
+  for (int64_t i = 0; i < F::kPoints; ++i) {
     F::input(half + i * F::kIn, whole, 1);
-    for (int64_t j = 0; j < F::kIn; ++j) store<T>(out + (i * F::kIn + j) * position, whole[j]);
+    for (int64_t j = 0; j < F::kPoints; ++j)
+      store<T>(out + (i * F::kPoints + j) * position, whole[j]);
   }
 }
 
@@ -212,10 +153,10 @@ inline void input_lane(const T* const* pixel, int64_t c, int64_t count, T* out, 
 template <class F, class T = typename F::T>
 inline void tile_pixels(const Winograd<T>& a, int64_t tile, const T** pixel) {
   const TileAt<F> at(a, tile);
+  const int64_t h = F::first_input(at.h) - a.padding_h, w = F::first_input(at.w) - a.padding_w;
   for (int64_t i = 0; i < F::kIn; ++i)
     for (int64_t j = 0; j < F::kIn; ++j) {
-      const T* x = under_tap(a.input, a.in_h, a.in_w, a.in_stride, at.n, at.h + i - a.padding_h,
-                             at.w + j - a.padding_w);
+      const T* x = under_tap(a.input, a.in_h, a.in_w, a.in_stride, at.n, h + i, w + j);
       pixel[i * F::kIn + j] = x ? x : a.zeros;
     }
 }
@@ -226,7 +167,8 @@ void winograd_input(const Winograd<T>& a, int64_t begin, int64_t end, T* inputs,
                     int64_t tiles) {
   constexpr int64_t L = VecOf<T>::lanes, kLine = 64 / sizeof(T);
   const int64_t stride = skewed<T>(a.depth), position = input_position<T>(a.depth, tiles);
-  const T* pixels[2][kPositions<F>];
+  constexpr int64_t kPixels = F::kIn * F::kIn;
+  const T* pixels[2][kPixels];
   tile_pixels<F>(a, begin, pixels[0]);
   for (int64_t tile = begin; tile < end; ++tile) {
     const T* const* pixel = pixels[(tile - begin) % 2];
@@ -236,8 +178,8 @@ void winograd_input(const Winograd<T>& a, int64_t begin, int64_t end, T* inputs,
     int64_t c = 0;
     for (; c + L <= a.depth; c += L) {
       if (c % kLine == 0)
-        for (int64_t q = 0; q < kPositions<F>; ++q)
-          if (q % F::kIn >= F::kIn - F::kOut) __builtin_prefetch(next[q] + c);
+        for (int64_t q = 0; q < kPixels; ++q)
+          if (q % F::kIn >= F::kIn - F::first_input(F::kOut)) __builtin_prefetch(next[q] + c);
       input_lane<F, true>(pixel, c, L, out + c, position);
     }
     if (c < a.depth) input_lane<F, false>(pixel, c, a.depth - c, out + c, position);
@@ -258,7 +200,8 @@ void winograd_output(const Winograd<T>& a, int64_t begin, int64_t end, const T* 
   const int64_t out_position = product_position<T>(count);
   for (int64_t q = 0; q < kPositions<F>; ++q)
     for (int64_t p = first; p < last; ++p) {
-      const T* panel = packed + q * group_position<T>(a.depth) + (p - first) * a.depth * kWide;
+      const T* panel = packed + weight_position<F>(q) * group_position<T>(a.depth) +
+                       (p - first) * a.depth * kWide;
       T* to = products + q * out_position + (p - first) * kWide;
       product<T>(count, {inputs + q * position + row * stride, stride}, a.depth, panel,
                  shape.lanes(p), to, width);
@@ -268,14 +211,15 @@ void winograd_output(const Winograd<T>& a, int64_t begin, int64_t end, const T* 
     const int64_t rows = min(F::kOut, a.out_h - at.h), cols = min(F::kOut, a.out_w - at.w);
     for (int64_t k = first * kWide; k < min(a.width, last * kWide); k += L) {
       const T* from = products + (tile - begin) * width + k - first * kWide;
-      Vec<T> m[F::kIn], half[F::kOut * F::kIn], whole[F::kOut];
-      for (int64_t j = 0; j < F::kIn; ++j) {
-        for (int64_t i = 0; i < F::kIn; ++i) m[i] = load<T>(from + (i * F::kIn + j) * out_position);
-        F::output(m, half + j, F::kIn);
+      Vec<T> m[F::kPoints], half[F::kOut * F::kPoints], whole[F::kOut];
+      for (int64_t j = 0; j < F::kPoints; ++j) {
+        for (int64_t i = 0; i < F::kPoints; ++i)
+          m[i] = load<T>(from + (i * F::kPoints + j) * out_position);
+        F::output(m, half + j, F::kPoints);
       }
       const OutputLane<T> lane(a.epilogue, at.n, k, min(L, a.width - k));
       for (int64_t i = 0; i < rows; ++i) {
-        F::output(half + i * F::kIn, whole, 1);
+        F::output(half + i * F::kPoints, whole, 1);
         const int64_t element = ((at.n * a.out_h + at.h + i) * a.out_w + at.w) * a.width + k;
         for (int64_t j = 0; j < cols; ++j) lane.write(a.output, element + j * a.width, whole[j]);
       }

@@ -6,14 +6,21 @@
 namespace mnp::ops {
 namespace {
 
+template <class T>
+const cpu::WinogradKernels<T>& kernels_for(const Conv& conv, Algorithm algorithm, bool transposed) {
+  const auto& all = cpu::kernels_of<T>();
+  if (conv.stride[0] == 2) return transposed ? all.winograd4_stride2_grad : all.winograd4_stride2;
+  return algorithm == Algorithm::winograd2 ? all.winograd2 : all.winograd4;
+}
+
 // Runs `a` with the convolution's weights, for a gradient of the input turned and transposed.
 template <class T>
-void run_winograd(cpu::Winograd<T>& a, Algorithm algorithm, const Tensor& weight, bool transposed) {
-  const auto& all = cpu::kernels_of<T>();
-  const auto& kernels = algorithm == Algorithm::winograd2 ? all.winograd2 : all.winograd4;
+void run_winograd(cpu::Winograd<T>& a, const Conv& conv, Algorithm algorithm, const Tensor& weight,
+                  bool transposed) {
+  const auto& kernels = kernels_for<T>(conv, algorithm, transposed);
   const std::unique_ptr<T[]> zeros(new T[a.depth]());
   a.zeros = zeros.get();
-  const int64_t tiles = kernels.tiles(a), groups = all.winograd_groups(a.width);
+  const int64_t tiles = kernels.tiles(a), groups = cpu::kernels_of<T>().winograd_groups(a.width);
   if (tiles == 0) return;
   const int64_t group_size = kernels.group_size(a.depth);
   const auto pack = [&](int64_t group, T* packed) {
@@ -71,7 +78,7 @@ void winograd_forward(const Conv& conv, Algorithm algorithm, const Tensor& weigh
   a.output = y;
   a.out_h = conv.oh, a.out_w = conv.ow, a.width = conv.k;
   a.epilogue = &epilogue;
-  run_winograd(a, algorithm, weight, false);
+  run_winograd(a, conv, algorithm, weight, false);
 }
 
 // The gradient of the input is a convolution with the weights turned by 180 degrees.
@@ -81,11 +88,14 @@ void winograd_input_grad(const Conv& conv, Algorithm algorithm, const Tensor& we
   cpu::Winograd<T> a{};
   a.input = g;
   a.batch = conv.n, a.in_h = conv.oh, a.in_w = conv.ow, a.in_stride = g_stride, a.depth = conv.k;
-  a.padding_h = 2 - conv.padding[0], a.padding_w = 2 - conv.padding[1];
+  const auto before = [&](int i) {
+    return conv.stride[i] == 1 ? 2 - conv.padding[i] : (1 - conv.padding[i]) / 2;
+  };
+  a.padding_h = before(0), a.padding_w = before(1);
   a.output = dx;
   a.out_h = conv.h, a.out_w = conv.w, a.width = conv.c;
   a.epilogue = &epilogue;
-  run_winograd(a, algorithm, weight, true);
+  run_winograd(a, conv, algorithm, weight, true);
 }
 
 template void winograd_forward(const Conv&, Algorithm, const Tensor&, const float*,

@@ -26,26 +26,34 @@ Tensor even_taps(const Tensor& weight) {
   return even ? weight : torch::stable::contiguous(weight);
 }
 
-// The algorithm that a name stands for where an image of rows x cols is to be computed from `depth`
-// channels; fails where it cannot compute this convolution.
+bool both(const int64_t* values, int64_t value) { return values[0] == value && values[1] == value; }
+
+// The algorithm that a name stands for, for the output or for the gradient of the input; fails
+// where it cannot compute this convolution.
 Algorithm choose_algorithm(const char* op, const Conv& conv, const std::string& name,
-                           ScalarType type, int64_t rows, int64_t cols, int64_t depth) {
+                           ScalarType type, bool backward) {
   MNP_CHECK(name == "auto" || name == "direct" || name == "winograd2" || name == "winograd4", op,
             ": algorithm must be 'auto', 'direct', 'winograd2' or 'winograd4', not '", name, "'");
-  const auto both = [](const int64_t* v, int64_t value) { return v[0] == value && v[1] == value; };
-  const bool possible = conv.kh == 3 && conv.kw == 3 && both(conv.stride, 1) &&
-                        both(conv.dilation, 1) && conv.groups == 1;
+  const bool wide = both(conv.stride, 2);
+  const bool possible = conv.kh == 3 && conv.kw == 3 && both(conv.dilation, 1) &&
+                        conv.groups == 1 && (both(conv.stride, 1) || (wide && name != "winograd2"));
   MNP_CHECK(possible || name == "auto" || name == "direct", op, ": algorithm '", name,
-            "' needs a 3x3 kernel with stride 1, dilation 1 and groups 1, not ", conv.kh, "x",
-            conv.kw, ", stride ", conv.stride[0], "x", conv.stride[1], ", dilation ",
-            conv.dilation[0], "x", conv.dilation[1], " and groups ", conv.groups);
+            "' needs a 3x3 kernel with stride 1", name == "winograd4" ? " or 2" : "",
+            ", dilation 1 and groups 1, not ", conv.kh, "x", conv.kw, ", stride ", conv.stride[0],
+            "x", conv.stride[1], ", dilation ", conv.dilation[0], "x", conv.dilation[1],
+            " and groups ", conv.groups);
+  // Only odd paddings have gradients by Winograd with stride 2.
+  const bool even = conv.padding[0] % 2 == 0 || conv.padding[1] % 2 == 0;
+  if (!possible || name == "direct" || (backward && wide && even)) return Algorithm::direct;
   if (name == "winograd2") return Algorithm::winograd2;
   if (name == "winograd4") return Algorithm::winograd4;
   // Where F(4x4, 3x3) was no slower, measured with one thread on AVX2.
-  const int64_t tiles = conv.n * ((rows + 3) / 4) * ((cols + 3) / 4);
-  const bool faster =
-      type == ScalarType::Float && depth >= 8 && tiles >= 8 && conv.n * rows * cols >= 10 * tiles;
-  return name == "auto" && possible && faster ? Algorithm::winograd4 : Algorithm::direct;
+  const int64_t rows = backward ? conv.h : conv.oh, cols = backward ? conv.w : conv.ow;
+  const int64_t depth = backward ? conv.k : conv.c, edge = backward && wide ? 8 : 4;
+  const int64_t tiles = conv.n * ((rows + edge - 1) / edge) * ((cols + edge - 1) / edge);
+  const bool full = conv.n * rows * cols * 16 >= 10 * tiles * edge * edge;
+  const bool faster = type == ScalarType::Float && depth >= 8 && tiles >= 8 && full;
+  return faster ? Algorithm::winograd4 : Algorithm::direct;
 }
 
 }  // namespace
@@ -65,7 +73,7 @@ std::tuple<Tensor, Tensor> masked_conv2d(const Tensor& x, const Tensor& weight,
   const Tensor c = neuron_vector(op, "shift", shift, conv.k, 0, x, type);
   const Tensor b = neuron_vector(op, "bias", bias, conv.k, 0, x, type);
   const bool relu = parse_activation(op, activation);
-  const Algorithm chosen = choose_algorithm(op, conv, algorithm, type, conv.oh, conv.ow, conv.c);
+  const Algorithm chosen = choose_algorithm(op, conv, algorithm, type, false);
 
   const Ints sizes{conv.n, conv.k, conv.oh, conv.ow};
   Tensor y = empty_image(sizes, type);
@@ -112,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
   const Mask m(op, mask, conv.n, conv.k, x, type);
   const Tensor a = neuron_vector(op, "scale", scale, conv.k, 1, x, type);
   const Tensor c = neuron_vector(op, "shift", shift, conv.k, 0, x, type);
-  const Algorithm chosen = choose_algorithm(op, conv, algorithm, type, conv.h, conv.w, conv.k);
+  const Algorithm chosen = choose_algorithm(op, conv, algorithm, type, true);
   MNP_CHECK(grad.dim() == 4 && grad.size(0) == conv.n && grad.size(1) == conv.k &&
                 grad.size(2) == conv.oh && grad.size(3) == conv.ow,
             op, ": grad must have the output's shape, not ", shape_of(grad));

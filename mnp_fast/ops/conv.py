@@ -26,8 +26,9 @@ def allows(layer: torch.nn.Conv2d, algorithm: str) -> bool:
     """Whether an algorithm can compute a convolution."""
     if not algorithm.startswith("winograd"):
         return True
-    unit = all(tuple(v) == (1, 1) for v in (layer.stride, layer.dilation))
-    return unit and layer.kernel_size == (3, 3) and layer.groups == 1
+    strides = {(1, 1), (2, 2)} if algorithm == "winograd4" else {(1, 1)}
+    small = layer.kernel_size == (3, 3) and tuple(layer.dilation) == (1, 1) and layer.groups == 1
+    return small and tuple(layer.stride) in strides
 
 
 def masked_conv2d(
@@ -72,12 +73,12 @@ def masked_conv2d(
     activation
         `"none"` or `"relu"`.
     algorithm
-        `"direct"`, or on the CPU for a 3×3 kernel with stride 1, dilation 1 and one group
-        `"winograd4"` (Winograd's F(4×4, 3×3), several times faster) or `"winograd2"` (F(2×2, 3×3),
-        slower than that and as exact as the direct one). Relative errors in float32 are below
-        1e-5 for `"winograd4"` and 1e-6 for the others; in Winograd's an infinity becomes a NaN and
-        reaches the outputs of its tile. `"auto"` chooses by the shape, and the direct one in
-        float64. Input gradients follow it.
+        `"direct"`, or on the CPU for a 3×3 kernel with dilation 1 and one group `"winograd4"`
+        (Winograd's F(4×4, 3×3), stride 1 or 2, several times faster) or `"winograd2"` (F(2×2, 3×3),
+        stride 1, slower than that and as exact as the direct one). Relative errors in float32 are
+        below 1e-5 for `"winograd4"` and 1e-6 for the others; in Winograd's an infinity becomes a
+        NaN and reaches the outputs of its tile. `"auto"` chooses by the shape, and the direct one
+        in float64. Input gradients follow it, but with stride 2 and an even padding are direct.
 
     Returns
     -------

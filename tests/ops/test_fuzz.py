@@ -103,11 +103,14 @@ def draw_tensors(draw: random.Random, inputs: dict[str, Tensor]) -> dict[str, Te
     return given
 
 
-def draw_conv(draw: random.Random, winograd: bool) -> Conv:
-    """Any convolution that fits its image; one that Winograd can compute where that is wanted."""
+def draw_conv(draw: random.Random, algorithm: str) -> Conv:
+    """Any convolution that fits its image and that the algorithm can compute."""
+    winograd = algorithm.startswith("winograd")
     pair = lambda low, high: (draw.randint(low, high), draw.randint(low, high))  # noqa: E731
     kernel = (3, 3) if winograd else draw.choice([(1, 1), (3, 3), (5, 5), pair(1, 4)])
     stride, dilation = ((1, 1), (1, 1)) if winograd else (pair(1, 3), pair(1, 3))
+    if algorithm == "winograd4":
+        stride = draw.choice([(1, 1), (2, 2)])
     padding = pair(0, 2)
     h, w = (
         max(1, d * (k - 1) + 1 - 2 * p) + draw.choice((0, 0, 1, 4, 9))
@@ -124,10 +127,10 @@ def draw_conv(draw: random.Random, winograd: bool) -> Conv:
     return Conv(n, c, h, w, k, kernel, stride, padding, dilation, groups)
 
 
-def conv_problem(seed: int, dtype: torch.dtype, winograd: bool) -> Problem:
+def conv_problem(seed: int, dtype: torch.dtype, algorithm: str) -> Problem:
     torch.manual_seed(seed)
     draw = random.Random(seed)
-    conv = draw_conv(draw, winograd)
+    conv = draw_conv(draw, algorithm)
     inputs = draw_tensors(draw, conv_inputs(conv, dtype, draw.random() < 0.5))
     return Problem(inputs, {**conv.geometry, "activation": draw.choice(ACTIVATIONS)}, draw)
 
@@ -201,7 +204,7 @@ def check(
 @pytest.mark.parametrize("algorithm", ["auto", "direct", "winograd2", "winograd4"])
 @pytest.mark.parametrize("seed", range(40))
 def test_conv(seed, algorithm, dtype):
-    problem = conv_problem(seed, dtype, algorithm.startswith("winograd"))
+    problem = conv_problem(seed, dtype, algorithm)
     tolerance = TOLERANCE[dtype] * (1 if algorithm == "direct" or dtype in HALF else WINOGRAD)
     check(problem, masked_conv2d, reference.masked_conv2d, tolerance, algorithm=algorithm)
 
@@ -255,7 +258,7 @@ def assert_same_pattern(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("seed", range(60))
 def test_not_finite_in_direct_conv(seed, dtype):
-    problem = conv_problem(seed, dtype, winograd=False)
+    problem = conv_problem(seed, dtype, "direct")
     assert_same_pattern(problem, masked_conv2d, reference.masked_conv2d, algorithm="direct")
 
 
@@ -267,7 +270,7 @@ def test_not_finite_in_affine(seed, dtype):
 
 @pytest.mark.parametrize("seed", range(40))
 def test_not_finite_weights(seed):
-    problem = conv_problem(seed, torch.float32, winograd=False)
+    problem = conv_problem(seed, torch.float32, "direct")
     problem.inputs["weight"] = spoil(problem.inputs["weight"], problem.draw, 2)
     y = problem.run(masked_conv2d, problem.inputs, algorithm="direct")
     exact = {name: t.double() for name, t in problem.inputs.items()}
@@ -287,7 +290,7 @@ def tiles(not_finite: Tensor, size: int) -> Tensor:
 @pytest.mark.parametrize("seed", range(40))
 def test_not_finite_stays_in_its_winograd_tile(seed, algorithm, dtype):
     """As documented: nothing is hidden, and nothing leaves the tile."""
-    conv = draw_conv(random.Random(seed), winograd=True)
+    conv = draw_conv(random.Random(seed), algorithm)
     torch.manual_seed(seed)
     draw = random.Random(seed)
     x = spoil(torch.randn(conv.n, conv.c, conv.h, conv.w, dtype=dtype), draw, 2)
@@ -298,7 +301,8 @@ def test_not_finite_stays_in_its_winograd_tile(seed, algorithm, dtype):
     grad = spoil(torch.randn_like(y), draw, 2)
     (dx,) = torch.autograd.grad(y, mine, grad)
     (wanted,) = torch.autograd.grad(expected, exact, grad.double())
-    for a, b in ((y, expected), (dx, wanted)):
+    tile = int(algorithm[-1])
+    for a, b, edge in ((y, expected, tile), (dx, wanted, tile * conv.stride[0])):
         hit = ~a.isfinite()
         assert hit[~b.isfinite()].all()
-        assert not hit[~tiles(~b.isfinite(), int(algorithm[-1]))].any()
+        assert not hit[~tiles(~b.isfinite(), edge)].any()

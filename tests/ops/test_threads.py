@@ -20,6 +20,7 @@ from .cases import Conv, conv_inputs, require_grad
 CONVS = (
     (Conv(4, 24, 13, 13, 40), "direct"),
     (Conv(4, 24, 13, 13, 40), "winograd4"),
+    (Conv(4, 24, 13, 13, 40, stride=(2, 2)), "winograd4"),
     (Conv(2, 12, 9, 9, 18, stride=(2, 2), groups=3), "auto"),
     (Conv(5, 20, 6, 6, 70, kernel=(1, 1), padding=(0, 0)), "auto"),
 )

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,8 +43,52 @@ SHAPES = {
     "many blocks": Conv(7, 70, 21, 13, 50),
     "no samples": Conv(0, 3, 5, 5, 4),
 }
+STRIDE_2 = {
+    f"stride 2, {name}": replace(conv, stride=(2, 2), padding=padding)
+    for name, conv, padding in (
+        ("multiple of the tile", Conv(2, 16, 16, 16, 32), (1, 1)),
+        ("odd", Conv(3, 17, 15, 11, 33), (1, 1)),
+        ("one channel", Conv(2, 1, 5, 6, 1), (1, 1)),
+        ("one output", Conv(3, 4, 3, 4, 6), (0, 0)),
+        ("uneven padding", Conv(2, 8, 6, 9, 16), (1, 3)),
+        ("even padding", Conv(2, 8, 6, 9, 16), (1, 2)),
+        ("padding beyond the kernel", Conv(2, 5, 4, 4, 6), (5, 3)),
+        ("more neurons than tiles", Conv(1, 40, 9, 9, 130), (1, 1)),
+        ("many blocks", Conv(7, 70, 33, 25, 50), (1, 1)),
+        ("no samples", Conv(0, 3, 5, 5, 4), (1, 1)),
+    )
+}
+# With more tiles than neurons, and with fewer.
+THREADED = {
+    "tiles": Conv(4, 24, 13, 13, 40),
+    "neurons": Conv(3, 30, 5, 6, 100),
+}
+THREADED_STRIDE_2 = {
+    f"stride 2, {name}": replace(conv, h=2 * conv.h, w=2 * conv.w, stride=(2, 2))
+    for name, conv in THREADED.items()
+}
 # Layers of a ResNet-18 for 32x32 images.
 LAYERS = [Conv(2, c, size, size, c) for c, size in ((64, 32), (128, 16), (256, 8), (512, 4))]
+STRIDE_2_LAYERS = [
+    Conv(2, c, size, size, 2 * c, stride=(2, 2)) for c, size in ((64, 32), (128, 16), (256, 8))
+]
+
+
+def cases(algorithm, shapes):
+    return [pytest.param(algorithm, shapes[name], id=f"{algorithm}-{name}") for name in shapes]
+
+
+each_case = pytest.mark.parametrize(
+    ("algorithm", "conv"),
+    [*cases("winograd2", SHAPES), *cases("winograd4", SHAPES), *cases("winograd4", STRIDE_2)],
+)
+each_odd_case = pytest.mark.parametrize(
+    ("algorithm", "conv"),
+    [
+        *cases("winograd2", {"odd": SHAPES["odd"]}),
+        *cases("winograd4", {name: (SHAPES | STRIDE_2)[name] for name in ("odd", "stride 2, odd")}),
+    ],
+)
 # Bounds of the relative error in float32, as documented.
 ERRORS = {"direct": 1e-6, "winograd2": 1e-6, "winograd4": 1e-5}
 
@@ -55,16 +100,14 @@ def algorithm(request):
 
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("activation", ["none", "relu"])
-@pytest.mark.parametrize("name", SHAPES)
-def test_matches_reference_in_float64(name, activation, per_sample, algorithm):
-    conv = SHAPES[name]
+@each_case
+def test_matches_reference_in_float64(conv, activation, per_sample, algorithm):
     compare(conv_inputs(conv, per_sample=per_sample), conv, activation, 1e-13, algorithm)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("name", SHAPES)
-def test_every_dtype(name, dtype, algorithm):
-    conv = SHAPES[name]
+@each_case
+def test_every_dtype(conv, dtype, algorithm):
     compare(conv_inputs(conv, dtype, True), conv, "relu", TOLERANCE[dtype], algorithm)
 
 
@@ -73,29 +116,36 @@ def test_every_dtype(name, dtype, algorithm):
 def test_random_shapes(dtype, seed, algorithm):
     torch.manual_seed(seed)
     draw = lambda low, high: int(torch.randint(low, high + 1, ()))  # noqa: E731
-    for _ in range(12):
+    for stride in (1, 1, 1, 2, 2, 2) * 2 if algorithm == "winograd4" else (1,) * 12:
         conv = Conv(
             n=draw(1, 5),
             c=draw(1, 70),
             h=draw(3, 20),
             w=draw(3, 20),
             k=draw(1, 90),
+            stride=(stride, stride),
             padding=(draw(0, 2), draw(0, 2)),
         )
         inputs = conv_inputs(conv, dtype, per_sample=bool(draw(0, 1)))
         compare(inputs, conv, "relu", TOLERANCE[dtype], algorithm)
 
 
-@pytest.mark.parametrize("name", ERRORS)
-@pytest.mark.parametrize("conv", LAYERS, ids=str)
-def test_error_at_the_layers_it_is_for(conv, name):
+@pytest.mark.parametrize(
+    ("name", "conv"),
+    [
+        *((name, conv) for name in ERRORS for conv in LAYERS),
+        *((name, conv) for name in ("direct", "winograd4") for conv in STRIDE_2_LAYERS),
+    ],
+    ids=str,
+)
+def test_error_at_the_layers_it_is_for(name, conv):
     """The documented bounds hold for sums of up to 4608 products, forward and backward."""
     compare(conv_inputs(conv, torch.float32), conv, "relu", ERRORS[name], name)
 
 
+@each_odd_case
 @pytest.mark.parametrize("given", ["mask", "scale", "shift", "bias", "residual", None])
-def test_one_vector_alone(given, algorithm):
-    conv = SHAPES["odd"]
+def test_one_vector_alone(given, conv, algorithm):
     inputs = conv_inputs(conv)
     for name in ("mask", "scale", "shift", "bias", "residual"):
         if name != given:
@@ -103,8 +153,8 @@ def test_one_vector_alone(given, algorithm):
     compare(inputs, conv, "relu", 1e-13, algorithm)
 
 
-def test_masked_neurons_leave_the_bias_exactly(algorithm):
-    conv = SHAPES["odd"]
+@each_odd_case
+def test_masked_neurons_leave_the_bias_exactly(conv, algorithm):
     inputs = conv_inputs(conv, torch.float32)
     inputs["residual"] = None
     inputs["mask"] = random_mask(conv.k, dtype=torch.float32)
@@ -114,8 +164,8 @@ def test_masked_neurons_leave_the_bias_exactly(algorithm):
     assert torch.equal(y[:, off], inputs["bias"][off].view(1, -1, 1, 1).expand_as(y[:, off]))
 
 
-def test_inputs_of_any_stride(algorithm):
-    conv = SHAPES["odd"]
+@each_odd_case
+def test_inputs_of_any_stride(conv, algorithm):
     inputs = conv_inputs(conv)
     expected = masked_conv2d(**inputs, **conv.geometry, algorithm=algorithm)
     strided = {
@@ -129,9 +179,9 @@ def test_inputs_of_any_stride(algorithm):
     assert torch.equal(y, expected)
 
 
+@each_odd_case
 @pytest.mark.parametrize("channels_last", [(True, False), (False, True), (True, True)])
-def test_channels_last(channels_last, algorithm):
-    conv = SHAPES["odd"]
+def test_channels_last(channels_last, conv, algorithm):
     inputs = conv_inputs(conv)
     for name, last in zip(("x", "weight"), channels_last, strict=True):
         if last:
@@ -141,8 +191,16 @@ def test_channels_last(channels_last, algorithm):
     assert y.is_contiguous(memory_format=torch.channels_last) == channels_last[0]
 
 
-def test_gradcheck(algorithm):
-    conv = Conv(2, 3, 5, 6, 4, padding=(0, 1))
+@pytest.mark.parametrize(
+    ("algorithm", "conv"),
+    [
+        ("winograd2", Conv(2, 3, 5, 6, 4, padding=(0, 1))),
+        ("winograd4", Conv(2, 3, 5, 6, 4, padding=(0, 1))),
+        ("winograd4", Conv(2, 3, 7, 6, 4, stride=(2, 2), padding=(1, 1))),
+    ],
+    ids=str,
+)
+def test_gradcheck(conv, algorithm):
     inputs = require_grad(conv_inputs(conv))
     torch.autograd.gradcheck(
         lambda *args: masked_conv2d(*args, **conv.geometry, activation="relu", algorithm=algorithm),
@@ -150,9 +208,9 @@ def test_gradcheck(algorithm):
     )
 
 
+@each_odd_case
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_opcheck(channels_last, algorithm):
-    conv = SHAPES["odd"]
+def test_opcheck(channels_last, conv, algorithm):
     inputs = conv_inputs(conv, torch.float32)
     if channels_last:
         inputs["x"] = inputs["x"].to(memory_format=torch.channels_last)
@@ -162,7 +220,14 @@ def test_opcheck(channels_last, algorithm):
     torch.library.opcheck(torch.ops.mnp_fast.masked_conv2d.default, args)
 
 
-@pytest.mark.parametrize("conv", [Conv(4, 24, 13, 13, 40), Conv(3, 30, 5, 6, 100)], ids=str)
+@pytest.mark.parametrize(
+    ("algorithm", "conv"),
+    [
+        *cases("winograd2", THREADED),
+        *cases("winograd4", THREADED),
+        *cases("winograd4", THREADED_STRIDE_2),
+    ],
+)
 def test_same_bits_whatever_the_number_of_threads(conv, algorithm):
     inputs = require_grad(conv_inputs(conv, torch.float32))
 
@@ -173,8 +238,16 @@ def test_same_bits_whatever_the_number_of_threads(conv, algorithm):
     assert_same_bits(compute, (1, 2, 3, 5))
 
 
-def test_a_sample_does_not_depend_on_its_neighbours(algorithm):
-    conv = Conv(9, 24, 9, 9, 40)
+@pytest.mark.parametrize(
+    ("algorithm", "conv"),
+    [
+        ("winograd2", Conv(9, 24, 9, 9, 40)),
+        ("winograd4", Conv(9, 24, 9, 9, 40)),
+        ("winograd4", Conv(9, 24, 17, 17, 40, stride=(2, 2))),
+    ],
+    ids=str,
+)
+def test_a_sample_does_not_depend_on_its_neighbours(conv, algorithm):
     inputs = conv_inputs(conv, torch.float32)
     whole = masked_conv2d(**inputs, **conv.geometry, algorithm=algorithm)
     inputs["x"], inputs["residual"] = inputs["x"][4:5], inputs["residual"][4:5]
@@ -192,14 +265,28 @@ def test_auto_follows_shape_and_dtype():
         return next(k for k in ("direct", "winograd4") if torch.equal(results[k], results["auto"]))
 
     assert chosen(LAYERS[0]) == "winograd4"
+    assert chosen(STRIDE_2_LAYERS[0]) == "winograd4"
+    assert chosen(STRIDE_2["stride 2, one channel"]) == "direct"
     assert chosen(LAYERS[0], torch.float64) == "direct"
     assert chosen(SHAPES["fewer channels than lanes"]) == "direct"
     assert chosen(SHAPES["one row"]) == "direct"
 
 
-@pytest.mark.parametrize("name", ["stride2", "dilated", "1x1", "grouped", "depthwise"])
+@pytest.mark.parametrize(
+    ("algorithm", "name"),
+    [
+        *((a, n) for a in ("winograd2", "winograd4") for n in ("1x1", "dilated", "grouped")),
+        ("winograd2", "stride2"),
+        ("winograd4", "stride 3"),
+        ("winograd4", "stride 1x2"),
+    ],
+)
 def test_shapes_it_cannot_compute_are_refused(name, algorithm):
-    conv = CONVS[name]
+    conv = {
+        **CONVS,
+        "stride 3": Conv(1, 3, 7, 7, 4, stride=(3, 3)),
+        "stride 1x2": Conv(1, 3, 7, 7, 4, stride=(1, 2)),
+    }[name]
     inputs = conv_inputs(conv, torch.float32)
     with pytest.raises(RuntimeError, match=rf"'{algorithm}' needs a 3x3 kernel with stride 1"):
         masked_conv2d(**inputs, **conv.geometry, algorithm=algorithm)
@@ -211,8 +298,8 @@ def test_unknown_algorithms_are_refused():
         masked_conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3), algorithm="fft")
 
 
-def test_compiles_without_graph_breaks(algorithm):
-    conv = SHAPES["odd"]
+@each_odd_case
+def test_compiles_without_graph_breaks(conv, algorithm):
     inputs = require_grad(conv_inputs(conv, torch.float32))
 
     def loss(**tensors):

@@ -1,0 +1,149 @@
+// One dimension of Winograd's convolutions: y = At((G w) * (Bt d)) computes kOut outputs from kIn
+// inputs with kPoints products. Included once per instruction set; see isa.inl and docs/kernels.md.
+#pragma once
+
+// What forms of stride 1 share: each product has weights of its own, and tiles of inputs start
+// where the outputs do.
+template <class Type, int64_t Points>
+struct UnitStride {
+  using T = Type;
+  static constexpr int64_t kIn = Points, kPoints = Points, kWeights = Points, kOut = Points - 2;
+  static constexpr int64_t weight_of(int64_t point) { return point; }
+  static constexpr int64_t first_input(int64_t out) { return out; }
+};
+
+// The points 0, 1, -1, 1/2, -2 and infinity.
+template <class T>
+struct F4 : UnitStride<T, 6> {
+  // G, whose rows carry the divisors that Bt is then free of.
+  static void weight(const Vec<T>* w, int64_t step, Vec<T>* out, int64_t out_step) {
+    const Vec<T> a = w[0], b = w[step], c = w[2 * step];
+    const Vec<T> ends = a + c, wide = a + T(4) * c;
+    out[0] = a;
+    out[out_step] = (ends + b) * T(1. / 3);
+    out[2 * out_step] = (b - ends) * T(1. / 3);
+    out[3 * out_step] = (a + T(0.5) * b + T(0.25) * c) * T(-16. / 15);
+    out[4 * out_step] = (wide - T(2) * b) * T(1. / 15);
+    out[5 * out_step] = c;
+  }
+
+  static void input(const Vec<T>* d, Vec<T>* out, int64_t out_step) {
+    const Vec<T> odd = d[3] - d[1], even = d[4] - d[2];
+    out[0] = (d[0] + d[4]) - T(2) * d[2] + T(1.5) * odd;
+    out[out_step] = (d[4] - d[1]) + T(0.5) * d[2] + T(2.5) * d[3];
+    out[2 * out_step] = (d[4] + d[1]) - T(2.5) * d[2] + T(0.5) * d[3];
+    out[3 * out_step] = even + T(2) * odd;
+    out[4 * out_step] = even - T(0.5) * odd;
+    out[5 * out_step] = (d[1] + d[5]) - T(2) * d[3] + T(1.5) * even;
+  }
+
+  static void output(const Vec<T>* m, Vec<T>* out, int64_t out_step) {
+    const Vec<T> sum = m[1] + m[2], difference = m[1] - m[2];
+    out[0] = (m[0] + sum) + (m[3] + m[4]);
+    out[out_step] = difference + T(0.5) * m[3] - T(2) * m[4];
+    out[2 * out_step] = sum + T(0.25) * m[3] + T(4) * m[4];
+    out[3 * out_step] = difference + T(0.125) * m[3] - T(8) * m[4] + m[5];
+  }
+};
+
+// The points 0, 1, -1 and infinity.
+template <class T>
+struct F2 : UnitStride<T, 4> {
+  static void weight(const Vec<T>* w, int64_t step, Vec<T>* out, int64_t out_step) {
+    const Vec<T> ends = w[0] + w[2 * step];
+    out[0] = w[0];
+    out[out_step] = (ends + w[step]) * T(0.5);
+    out[2 * out_step] = (ends - w[step]) * T(0.5);
+    out[3 * out_step] = w[2 * step];
+  }
+
+  static void input(const Vec<T>* d, Vec<T>* out, int64_t out_step) {
+    out[0] = d[0] - d[2];
+    out[out_step] = d[1] + d[2];
+    out[2 * out_step] = d[2] - d[1];
+    out[3 * out_step] = d[1] - d[3];
+  }
+
+  static void output(const Vec<T>* m, Vec<T>* out, int64_t out_step) {
+    out[0] = m[0] + m[1] + m[2];
+    out[out_step] = m[1] - m[2] - m[3];
+  }
+};
+
+// The outer taps of a stride of 2, which meet every second input: four sums of two products each
+// with five products. The points 0, 1, -1, 1/2 and infinity.
+template <class T>
+struct TwoTaps {
+  static void weight(Vec<T> a, Vec<T> b, Vec<T>* out, int64_t out_step) {
+    out[0] = a;
+    out[out_step] = (a + b) * T(0.5);
+    out[2 * out_step] = (a - b) * T(1. / 6);
+    out[3 * out_step] = (a + T(0.5) * b) * T(8. / 3);
+    out[4 * out_step] = b;
+  }
+
+  static void input(const Vec<T>* d, int64_t step, Vec<T>* out, int64_t out_step) {
+    const Vec<T> a = d[step], b = d[2 * step], c = d[3 * step], odd = c - a;
+    out[0] = (d[0] - b) + T(2) * odd;
+    out[out_step] = (b - a) + T(2) * c;
+    out[2 * out_step] = T(3) * b - (a + T(2) * c);
+    out[3 * out_step] = -odd;
+    out[4 * out_step] = (d[4 * step] - b) - T(0.5) * odd;
+  }
+
+  static void output(const Vec<T>* m, Vec<T>* out, int64_t out_step) {
+    const Vec<T> sum = m[1] + m[2], difference = m[1] - m[2];
+    out[0] = (m[0] + sum) + m[3];
+    out[out_step] = difference + T(0.5) * m[3];
+    out[2 * out_step] = sum + T(0.25) * m[3];
+    out[3 * out_step] = (difference + m[4]) + T(0.125) * m[3];
+  }
+};
+
+// Points 0 to 4 are those of the outer taps, points 5 to 8 products with the middle tap.
+template <class Type>
+struct StrideTwo {
+  using T = Type;
+  static constexpr int64_t kPoints = 9, kWeights = 6;
+  static constexpr int64_t weight_of(int64_t point) { return point < 5 ? point : 5; }
+
+  static void weight(const Vec<T>* w, int64_t step, Vec<T>* out, int64_t out_step) {
+    TwoTaps<T>::weight(w[0], w[2 * step], out, out_step);
+    out[5 * out_step] = w[step];
+  }
+};
+
+// Stride 2: nine inputs give four outputs.
+template <class T>
+struct F4Stride2 : StrideTwo<T> {
+  static constexpr int64_t kIn = 9, kOut = 4;
+  static constexpr int64_t first_input(int64_t out) { return 2 * out; }
+
+  static void input(const Vec<T>* d, Vec<T>* out, int64_t out_step) {
+    TwoTaps<T>::input(d, 2, out, out_step);
+    for (int64_t i = 0; i < 4; ++i) out[(5 + i) * out_step] = d[2 * i + 1];
+  }
+
+  static void output(const Vec<T>* m, Vec<T>* out, int64_t out_step) {
+    TwoTaps<T>::output(m, out, out_step);
+    for (int64_t i = 0; i < 4; ++i) out[i * out_step] += m[5 + i];
+  }
+};
+
+// Its transpose, with an odd padding: five gradients give those of eight inputs, of which the
+// first, third, ... meet only the middle tap.
+template <class T>
+struct F4Stride2Grad : StrideTwo<T> {
+  static constexpr int64_t kIn = 5, kOut = 8;
+  static constexpr int64_t first_input(int64_t out) { return out / 2; }
+
+  static void input(const Vec<T>* d, Vec<T>* out, int64_t out_step) {
+    TwoTaps<T>::input(d, 1, out, out_step);
+    for (int64_t i = 0; i < 4; ++i) out[(5 + i) * out_step] = d[i];
+  }
+
+  static void output(const Vec<T>* m, Vec<T>* out, int64_t out_step) {
+    TwoTaps<T>::output(m, out + out_step, 2 * out_step);
+    for (int64_t i = 0; i < 4; ++i) out[2 * i * out_step] = m[5 + i];
+  }
+};
