@@ -14,19 +14,20 @@ int64_t panels_count(int64_t width) {
 
 template <class T>
 void pack_panels(const PackPanels<T>& a, int64_t begin, int64_t end, T* panels) {
+  constexpr int64_t L = VecOf<T>::lanes;
   const Panels<T> shape{a.width};
   for (int64_t p = begin; p < end; ++p) {
-    const int64_t lanes = shape.lanes(p), used = shape.used(p);
-    T* panel = panels + p * shape.kWide * a.taps * a.depth;
-    // Taps innermost: they lie side by side in contiguous weights.
-    for (int64_t d = 0; d < a.depth; ++d)
-      for (int64_t q = 0; q < a.taps; ++q) {
-        const T* from =
-            a.source + p * shape.kWide * a.stride_j + a.tap_index[q] * a.stride_q + d * a.stride_d;
-        T* to = panel + (q * a.depth + d) * lanes;
-        for (int64_t j = 0; j < used; ++j) to[j] = from[j * a.stride_j];
-        for (int64_t j = used; j < lanes; ++j) to[j] = 0;
-      }
+    const int64_t lanes = shape.lanes(p);
+    for (int64_t v = 0; v < lanes; v += L) {
+      T* panel = panels + p * shape.kWide * a.taps * a.depth + v;
+      Weights<T> weights = a.weights;
+      weights.data += (p * shape.kWide + v) * weights.stride_j;
+      read_weights<T>(weights, min(L, shape.used(p) - v), a.depth,
+                      [&](int64_t q, int64_t d, Vec<T> w) {
+                        if (a.place[q] >= 0)
+                          store<T>(panel + (a.place[q] * a.depth + d) * lanes, w);
+                      });
+    }
   }
 }
 

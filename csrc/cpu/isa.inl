@@ -57,6 +57,7 @@ inline double sqrt(double x) { return __builtin_sqrt(x); }
 
 // clang-format off: each uses those above it.
 #include "product.h"
+#include "pack.h"
 #include "epilogue.h"
 #include "direct.h"
 #include "depthwise.h"

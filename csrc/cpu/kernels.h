@@ -21,14 +21,21 @@ struct Epilogue {
   bool relu;
 };
 
-// Weights as a matrix product reads them: panels of [tap][depth][lanes] outputs. Weight j, tap q,
-// channel d of a group is source[j * stride_j + tap_index[q] * stride_q + d * stride_d].
+// The weight of output j, tap q and channel d is data[j * stride_j + q * stride_q + d * stride_d].
+template <class T>
+struct Weights {
+  const T* data;
+  int64_t stride_j, stride_q, stride_d;
+  int64_t taps;
+};
+
+// Weights of a group as a matrix product reads them: panels of [tap][depth][lanes] outputs.
 template <class T>
 struct PackPanels {
-  const T* source;
-  int64_t stride_j, stride_q, stride_d;
-  const int64_t* tap_index;
-  int64_t taps, depth, width;
+  Weights<T> weights;
+  const int64_t* place;  // [weights.taps] a tap's place in the panels, or -1 where it is left out
+  int64_t taps;          // in the panels
+  int64_t depth, width;
 };
 
 // Output pixels of a convolution as a matrix product whose rows are gathered from the input:
@@ -136,10 +143,9 @@ struct WinogradKernels {
   int64_t (*block)(int64_t depth, int64_t l2);
   // Elements of one group's packed weights.
   int64_t (*group_size)(int64_t depth);
-  // Weight j, tap q, channel d is source[j * stride_j + q * stride_q + d * stride_d], or with
-  // tap 8 - q where `rotated`.
-  void (*pack)(const T* source, int64_t stride_j, int64_t stride_q, int64_t stride_d, bool rotated,
-               int64_t depth, int64_t width, int64_t group, T* packed);
+  // Packs one group's weights, turned by 180 degrees where `rotated`.
+  void (*pack)(const Weights<T>&, bool rotated, int64_t depth, int64_t width, int64_t group,
+               T* packed);
   int64_t (*tiles)(const Winograd<T>&);
   // Elements of the transformed inputs of so many tiles.
   int64_t (*input_size)(int64_t depth, int64_t tiles);

@@ -82,29 +82,27 @@ inline void pack_winograd_panel(const T* taps, int64_t depth, int64_t position, 
     }
 }
 
-// Weight j, tap q, channel d is source[j * stride_j + q * stride_q + d * stride_d].
 template <class F, class T = typename F::T>
-void winograd_pack(const T* source, int64_t stride_j, int64_t stride_q, int64_t stride_d,
-                   bool rotated, int64_t depth, int64_t width, int64_t group, T* packed) {
-  // Gathered some way ahead: a vector load right behind the scalar stores would wait for them.
-  constexpr int64_t kAhead = 16;
+void winograd_pack(const Weights<T>& weights, bool rotated, int64_t depth, int64_t width,
+                   int64_t group, T* packed) {
+  constexpr int64_t L = VecOf<T>::lanes, kChannels = 16;
   const Panels<T> shape{width};
   const int64_t first = group * kGroupPanels<T>, position = group_position<T>(depth);
   const int64_t last = min(shape.count(), first + kGroupPanels<T>);
-  alignas(64) T taps[kAhead * 9 * Panels<T>::kWide];
+  alignas(64) T taps[kChannels * 9 * Panels<T>::kWide];
   for (int64_t p = first; p < last; ++p) {
-    const int64_t lanes = shape.lanes(p), used = shape.used(p);
-    const T* from = source + p * Panels<T>::kWide * stride_j;
+    const int64_t lanes = shape.lanes(p);
     T* panel = packed + (p - first) * depth * Panels<T>::kWide;
-    for (int64_t d = 0; d < depth; d += kAhead) {
-      const int64_t count = min(kAhead, depth - d);
-      for (int64_t j = 0; j < lanes; ++j)
-        for (int64_t i = 0; i < count; ++i) {
-          const T* w = from + j * stride_j + (d + i) * stride_d;
-          __builtin_prefetch(w + kAhead * stride_d);
-          for (int64_t q = 0; q < 9; ++q)
-            taps[(i * 9 + (rotated ? 8 - q : q)) * lanes + j] = j < used ? w[q * stride_q] : T(0);
-        }
+    for (int64_t d = 0; d < depth; d += kChannels) {
+      const int64_t count = min(kChannels, depth - d);
+      for (int64_t v = 0; v < lanes; v += L) {
+        Weights<T> part = weights;
+        part.data += (p * Panels<T>::kWide + v) * part.stride_j + d * part.stride_d;
+        read_weights<T>(part, min(L, shape.used(p) - v), count,
+                        [&](int64_t q, int64_t i, Vec<T> w) {
+                          store<T>(taps + (i * 9 + (rotated ? 8 - q : q)) * lanes + v, w);
+                        });
+      }
       if (lanes == Panels<T>::kWide)
         pack_winograd_panel<F, 2>(taps, count, position, panel + d * lanes);
       else

@@ -43,6 +43,14 @@ struct Conv {
   bool is_depthwise() const { return groups > 1 && groups == c && groups == k; }
 };
 
+// Weights of the first group, whose taps lie at one stride; `transposed` swaps the roles of input
+// and output channels.
+template <class T>
+cpu::Weights<T> weights_of(const Tensor& weight, bool transposed) {
+  return {data<T>(weight), weight.stride(transposed), weight.stride(weight.size(3) > 1 ? 3 : 2),
+          weight.stride(!transposed), weight.size(2) * weight.size(3)};
+}
+
 enum class Algorithm { direct, winograd2, winograd4 };
 
 // The output, from NHWC input, and the gradient of the input from that of the convolution, g, whose

@@ -8,17 +8,21 @@ namespace {
 
 // Which taps a gather uses, and where they read.
 struct Taps {
-  std::vector<int64_t> index, h, w;
+  std::vector<int64_t> place;  // of every tap among those used, or -1
+  std::vector<int64_t> h, w;   // of those used
+  void skip() { place.push_back(-1); }
+  void use(int64_t row, int64_t col) {
+    place.push_back(static_cast<int64_t>(h.size()));
+    h.push_back(row);
+    w.push_back(col);
+  }
 };
 
 Taps forward_taps(const Conv& conv) {
   Taps taps;
   for (int64_t i = 0; i < conv.kh; ++i)
-    for (int64_t j = 0; j < conv.kw; ++j) {
-      taps.index.push_back(i * conv.kw + j);
-      taps.h.push_back(i * conv.dilation[0] - conv.padding[0]);
-      taps.w.push_back(j * conv.dilation[1] - conv.padding[1]);
-    }
+    for (int64_t j = 0; j < conv.kw; ++j)
+      taps.use(i * conv.dilation[0] - conv.padding[0], j * conv.dilation[1] - conv.padding[1]);
   return taps;
 }
 
@@ -29,10 +33,10 @@ Taps phase_taps(const Conv& conv, int64_t phase_h, int64_t phase_w) {
     for (int64_t j = 0; j < conv.kw; ++j) {
       const int64_t h = phase_h + conv.padding[0] - i * conv.dilation[0];
       const int64_t w = phase_w + conv.padding[1] - j * conv.dilation[1];
-      if (h % conv.stride[0] || w % conv.stride[1]) continue;
-      taps.index.push_back(i * conv.kw + j);
-      taps.h.push_back(h / conv.stride[0]);
-      taps.w.push_back(w / conv.stride[1]);
+      if (h % conv.stride[0] || w % conv.stride[1])
+        taps.skip();
+      else
+        taps.use(h / conv.stride[0], w / conv.stride[1]);
     }
   return taps;
 }
@@ -41,21 +45,18 @@ Taps phase_taps(const Conv& conv, int64_t phase_h, int64_t phase_w) {
 template <class T>
 Buffer<T> pack(const Conv& conv, const Tensor& weight, const Taps& taps, bool transposed) {
   const auto& kernels = cpu::kernels_of<T>();
-  const int64_t stride_k = weight.stride(0), stride_c = weight.stride(1);
   cpu::PackPanels<T> a{};
-  a.source = data<T>(weight);
-  a.stride_j = transposed ? stride_c : stride_k;
-  a.stride_q = conv.kw > 1 ? weight.stride(3) : weight.stride(2);
-  a.stride_d = transposed ? stride_k : stride_c;
-  a.tap_index = taps.index.data();
-  a.taps = static_cast<int64_t>(taps.index.size());
+  a.weights = weights_of<T>(weight, transposed);
+  a.place = taps.place.data();
+  a.taps = static_cast<int64_t>(taps.h.size());
   a.depth = transposed ? conv.group_out() : conv.group_in();
   a.width = transposed ? conv.group_in() : conv.group_out();
   if (conv.is_depthwise()) {
     auto panels = buffer<T>(a.taps * conv.groups);
-    for (int64_t q = 0; q < a.taps; ++q)
-      for (int64_t g = 0; g < conv.groups; ++g)
-        panels[q * conv.groups + g] = a.source[g * stride_k + a.tap_index[q] * a.stride_q];
+    for (int64_t q = 0; q < a.weights.taps; ++q)
+      for (int64_t g = 0; g < conv.groups && taps.place[q] >= 0; ++g)
+        panels[taps.place[q] * conv.groups + g] =
+            a.weights.data[g * weight.stride(0) + q * a.weights.stride_q];
     return panels;
   }
   const int64_t parts = kernels.panels_count(a.width);
@@ -66,7 +67,7 @@ Buffer<T> pack(const Conv& conv, const Tensor& weight, const Taps& taps, bool tr
                                 for (int64_t i = begin; i < end; ++i) {
                                   const int64_t g = i / parts, p = i % parts;
                                   cpu::PackPanels<T> group = a;
-                                  group.source += g * conv.group_out() * stride_k;
+                                  group.weights.data += g * conv.group_out() * weight.stride(0);
                                   kernels.pack_panels(group, p, p + 1, panels.get() + g * size);
                                 }
                               });
@@ -76,7 +77,7 @@ Buffer<T> pack(const Conv& conv, const Tensor& weight, const Taps& taps, bool tr
 template <class T>
 void run_gather(cpu::GatherGemm<T>& a, const Conv& conv, const Taps& taps) {
   const auto& kernels = cpu::kernels_of<T>();
-  a.taps = static_cast<int64_t>(taps.index.size());
+  a.taps = static_cast<int64_t>(taps.h.size());
   a.tap_h = taps.h.data();
   a.tap_w = taps.w.data();
   a.groups = conv.groups;

@@ -23,9 +23,9 @@ void run_winograd(cpu::Winograd<T>& a, const Conv& conv, Algorithm algorithm, co
   const int64_t tiles = kernels.tiles(a), groups = cpu::kernels_of<T>().winograd_groups(a.width);
   if (tiles == 0) return;
   const int64_t group_size = kernels.group_size(a.depth);
+  const cpu::Weights<T> weights = weights_of<T>(weight, transposed);
   const auto pack = [&](int64_t group, T* packed) {
-    kernels.pack(data<T>(weight), weight.stride(transposed), weight.stride(3),
-                 weight.stride(!transposed), transposed, a.depth, a.width, group, packed);
+    kernels.pack(weights, transposed, a.depth, a.width, group, packed);
   };
   const int64_t block = std::min(tiles, kernels.block(a.depth, cpu::caches().l2));
   const int64_t blocks = (tiles + block - 1) / block;

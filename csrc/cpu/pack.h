@@ -1,0 +1,77 @@
+// Reads weights in any layout as vectors of neighbouring outputs. Included once per instruction
+// set; see isa.inl.
+#pragma once
+
+// out[i][j] = in[j][i], in place: blocks of 1, 2, 4, ... are exchanged across the diagonal.
+template <class T>
+inline void transpose(Vec<T>* rows) {
+  constexpr int L = VecOf<T>::lanes;
+  typedef decltype(rows[0] < rows[0]) Index;
+#pragma GCC unroll 4
+  for (int s = 1; s < L; s *= 2) {
+    Index upper, lower;
+    for (int j = 0; j < L; ++j) {
+      upper[j] = j & s ? j - s + L : j;
+      lower[j] = j & s ? j + L : j + s;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) {
+      if (i & s) continue;
+      const Vec<T> a = rows[i], b = rows[i + s];
+      rows[i] = __builtin_shuffle(a, b, upper);
+      rows[i + s] = __builtin_shuffle(a, b, lower);
+    }
+  }
+}
+
+// Elements i of `used` rows as write(i, vector), for i below `columns`.
+template <class T, class Write>
+inline void read_columns(const T* rows, int64_t stride, int64_t used, int64_t columns,
+                         Write write) {
+  constexpr int64_t L = VecOf<T>::lanes;
+  int64_t i = 0;
+  for (; used == L && i + L <= columns; i += L) {
+    Vec<T> block[L];
+    for (int64_t j = 0; j < L; ++j) block[j] = load<T>(rows + j * stride + i);
+    transpose<T>(block);
+    for (int64_t j = 0; j < L; ++j) write(i + j, block[j]);
+  }
+  for (; i < columns; ++i) {
+    Vec<T> column{};
+    for (int64_t j = 0; j < used; ++j) column[j] = rows[j * stride + i];
+    write(i, column);
+  }
+}
+
+// The weights of `used` outputs, at most a vector of them, at every tap q and channel d, as
+// write(q, d, vector).
+template <class T, class Write>
+inline void read_weights(const Weights<T>& w, int64_t used, int64_t depth, Write write) {
+  if (w.stride_j == 1) {
+    for (int64_t d = 0; d < depth; ++d)
+      for (int64_t q = 0; q < w.taps; ++q)
+        write(q, d, load_some<T>(w.data + q * w.stride_q + d * w.stride_d, used));
+  } else if (w.stride_d == 1) {
+    for (int64_t q = 0; q < w.taps; ++q)
+      read_columns<T>(w.data + q * w.stride_q, w.stride_j, used, depth,
+                      [&](int64_t d, Vec<T> v) { write(q, d, v); });
+  } else if (w.stride_q == 1 && w.stride_d == w.taps) {
+    int64_t q = 0, d = 0;
+    read_columns<T>(w.data, w.stride_j, used, depth * w.taps, [&](int64_t, Vec<T> v) {
+      write(q, d, v);
+      if (++q == w.taps) q = 0, ++d;
+    });
+  } else {
+    for (int64_t d = 0; d < depth; ++d)
+      if (w.stride_q == 1)
+        read_columns<T>(w.data + d * w.stride_d, w.stride_j, used, w.taps,
+                        [&](int64_t q, Vec<T> v) { write(q, d, v); });
+      else
+        for (int64_t q = 0; q < w.taps; ++q) {
+          Vec<T> v{};
+          for (int64_t j = 0; j < used; ++j)
+            v[j] = w.data[j * w.stride_j + q * w.stride_q + d * w.stride_d];
+          write(q, d, v);
+        }
+  }
+}
