@@ -8,20 +8,26 @@
 #include "ops/workspace.h"
 
 STABLE_TORCH_LIBRARY(mnp_fast, m) {
-  // Twice: the public one has a formula for autograd, the other is for code that has its own.
-  for (const std::string name : {"masked_conv2d", "conv2d_forward"})
-    m.def((name +
-           "(Tensor x, Tensor weight, Tensor? mask, Tensor? scale, Tensor? shift, Tensor? bias, "
-           "Tensor? residual, int[2] stride, int[2] padding, int[2] dilation, int groups, "
-           "str activation, bool keep_u, str algorithm=\"auto\") -> (Tensor y, Tensor u)")
-              .c_str());
-  for (const std::string name : {"masked_conv2d_backward", "conv2d_backward"})
-    m.def((name + "(Tensor grad, Tensor x, Tensor weight, Tensor? y, Tensor? u, Tensor? mask, "
-                  "Tensor? scale, Tensor? shift, int[2] stride, int[2] padding, int[2] dilation, "
-                  "int groups, bool need_x, bool need_weight, bool need_residual, bool need_sums, "
-                  "str algorithm=\"auto\", Tensor? add=None) "
-                  "-> (Tensor x, Tensor weight, Tensor residual, Tensor sums)")
-              .c_str());
+  m.def(
+      "masked_conv2d(Tensor x, Tensor weight, Tensor? mask, Tensor? scale, Tensor? shift, "
+      "Tensor? bias, Tensor? residual, int[2] stride, int[2] padding, int[2] dilation, int groups, "
+      "str activation, bool keep_u, str algorithm=\"auto\") -> (Tensor y, Tensor u)");
+  m.def(
+      "masked_conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor? y, Tensor? u, "
+      "Tensor? mask, Tensor? scale, Tensor? shift, int[2] stride, int[2] padding, int[2] dilation, "
+      "int groups, bool need_x, bool need_weight, bool need_residual, bool need_sums, "
+      "str algorithm=\"auto\") -> (Tensor x, Tensor weight, Tensor residual, Tensor sums)");
+  m.def(
+      "conv2d_forward(Tensor x, Tensor weight, Tensor? mask, Tensor? scale, Tensor? shift, "
+      "Tensor? bias, Tensor? residual, int[2] stride, int[2] padding, int[2] dilation, int groups, "
+      "str activation, bool keep_u, bool keep_active, str algorithm) "
+      "-> (Tensor y, Tensor u, Tensor active)");
+  m.def(
+      "conv2d_backward(Tensor grad, Tensor? x, int[4] x_size, Tensor weight, Tensor? y, "
+      "Tensor? active, Tensor? u, Tensor? mask, Tensor? scale, Tensor? shift, int[2] stride, "
+      "int[2] padding, int[2] dilation, int groups, bool need_x, bool need_weight, "
+      "bool need_residual, bool need_sums, str algorithm, Tensor? add) "
+      "-> (Tensor x, Tensor weight, Tensor residual, Tensor sums)");
   m.def(
       "masked_affine(Tensor x, Tensor? mask, Tensor? scale, Tensor? shift, Tensor? bias, "
       "Tensor? residual, str activation) -> Tensor");
@@ -38,8 +44,8 @@ STABLE_TORCH_LIBRARY(mnp_fast, m) {
 STABLE_TORCH_LIBRARY_IMPL(mnp_fast, CPU, m) {
   m.impl("masked_conv2d", TORCH_BOX(&mnp::ops::masked_conv2d));
   m.impl("masked_conv2d_backward", TORCH_BOX(&mnp::ops::masked_conv2d_backward));
-  m.impl("conv2d_forward", TORCH_BOX(&mnp::ops::masked_conv2d));
-  m.impl("conv2d_backward", TORCH_BOX(&mnp::ops::masked_conv2d_backward));
+  m.impl("conv2d_forward", TORCH_BOX(&mnp::ops::conv2d_forward));
+  m.impl("conv2d_backward", TORCH_BOX(&mnp::ops::conv2d_backward));
   m.impl("masked_affine", TORCH_BOX(&mnp::ops::masked_affine));
   m.impl("masked_affine_backward", TORCH_BOX(&mnp::ops::masked_affine_backward));
   m.impl("neuron_magnitude", TORCH_BOX(&mnp::ops::neuron_magnitude));

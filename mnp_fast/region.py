@@ -6,7 +6,7 @@ blocks read is summed in the kernel that makes its last part.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -81,13 +81,22 @@ def run(
         apply: Callable[..., tuple[Tensor, ...]] = _Region.apply
         return apply(steps, outputs, len(images), *tensors)
     values: list[Tensor | None] = [*images]
-    last = {number: i for i, step in enumerate(steps) for number in (step.x, step.residual)}
-    for i, step in enumerate(steps):
-        values.append(_forward(step, values, _own(tensors, len(images), i), False)[0])
-        for number in (step.x, step.residual):
-            if number is not None and last[number] == i and number not in outputs:
-                values[number] = None
+    for i, (step, done) in enumerate(zip(steps, _last_reads(steps, outputs), strict=True)):
+        values.append(_forward(step, values, _own(tensors, len(images), i), False, False)[0])
+        for number in done:
+            values[number] = None
     return tuple(value for number in outputs if (value := values[number]) is not None)
+
+
+def _last_reads(steps: Sequence[Step], kept: Collection[int]) -> list[set[int]]:
+    """For every step, the values that are not read after it; without those that are kept."""
+    last: list[set[int]] = []
+    read = set(kept)
+    for step in reversed(steps):
+        ours = {number for number in (step.x, step.residual) if number is not None}
+        last.append(ours - read)
+        read |= ours
+    return last[::-1]
 
 
 def _own(parts: Sequence[P], inputs: int, step: int) -> Sequence[P]:
@@ -97,12 +106,21 @@ def _own(parts: Sequence[P], inputs: int, step: int) -> Sequence[P]:
 
 
 def _forward(
-    step: Step, values: Sequence[Tensor | None], own: Sequence[Tensor | None], keep_u: bool
-) -> tuple[Tensor, Tensor]:
-    residual = None if step.residual is None else values[step.residual]
-    activation = "relu" if step.relu else "none"
+    step: Step,
+    values: Sequence[Tensor | None],
+    own: Sequence[Tensor | None],
+    keep_u: bool,
+    keep_active: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.mnp_fast.conv2d_forward(
-        values[step.x], *own, residual, *step.geometry, activation, keep_u, _algorithm(step)
+        values[step.x],
+        *own,
+        None if step.residual is None else values[step.residual],
+        *step.geometry,
+        "relu" if step.relu else "none",
+        keep_u,
+        keep_active,
+        _algorithm(step),
     )
 
 
@@ -111,7 +129,11 @@ def _algorithm(step: Step) -> str:
 
 
 class _Region(torch.autograd.Function):
-    """Inputs are those of the region, then weight, mask, scale, shift and bias of every step."""
+    """Inputs are those of the region, then weight, mask, scale, shift and bias of every step.
+
+    Images are kept only for gradients of weights: where those are frozen, a ReLU's activity, a
+    byte an element, is all that the backward needs of them.
+    """
 
     @staticmethod
     def forward(
@@ -123,35 +145,40 @@ class _Region(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         needed: tuple[bool, ...] = ctx.needs_input_grad[3:]
         values: list[Any] = list(tensors[:inputs])
-        kept: list[Tensor | None] = []
+        sizes = [value.shape for value in values]
         wanted = list(needed[:inputs])  # which values take gradients
+        weighted = (step.x for i, step in enumerate(steps) if _own(needed, inputs, i)[0])
+        read = set(weighted)  # by gradients of weights
+        last = _last_reads(steps, read.union(outputs))
+        kept_u: list[Tensor | None] = []
+        kept_active: list[Tensor | None] = []
         for i, step in enumerate(steps):
-            own = _own(needed, inputs, i)
-            keep_u = own[1] or own[2]
-            y, u = _forward(step, values, _own(tensors, inputs, i), keep_u)
-            values.append(y)
-            kept.append(u if keep_u else None)
+            own, number = _own(needed, inputs, i), inputs + i
             through = wanted[step.x] or (step.residual is not None and wanted[step.residual])
             wanted.append(through or any(own))
-        ctx.steps, ctx.outputs, ctx.inputs, ctx.wanted = steps, outputs, inputs, wanted
+            keep_u = own[1] or own[2]
+            keep_active = step.relu and wanted[number] and number not in read
+            y, u, active = _forward(step, values, _own(tensors, inputs, i), keep_u, keep_active)
+            values.append(y)
+            sizes.append(y.shape)
+            kept_u.append(u if keep_u else None)
+            kept_active.append(active if keep_active else None)
+            for number in last[i]:
+                values[number] = None
+        ctx.steps, ctx.outputs, ctx.inputs = steps, outputs, inputs
+        ctx.wanted, ctx.sizes = wanted, sizes
         ctx.set_materialize_grads(False)
-        # Only what the backward reads: others may change the rest in place.
-        read = {step.x for step in steps}
-        made = (
-            value if step.relu or inputs + i in read else None
-            for i, (step, value) in enumerate(zip(steps, values[inputs:], strict=True))
-        )
-        ctx.save_for_backward(*tensors, *made, *kept)
+        kept = (values[number] if number in read else None for number in range(len(values)))
+        ctx.save_for_backward(*kept, *kept_u, *kept_active, *tensors[inputs:])
         return tuple(values[number] for number in outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
-        steps, inputs, wanted = ctx.steps, ctx.inputs, ctx.wanted
-        saved = ctx.saved_tensors
-        count = len(saved) - 2 * len(steps)
-        tensors, kept = saved[:count], saved[count + len(steps) :]
-        values = (*saved[:inputs], *saved[count : count + len(steps)])
+        steps, inputs, wanted, sizes = ctx.steps, ctx.inputs, ctx.wanted, ctx.sizes
+        saved, count = ctx.saved_tensors, len(steps)
+        values, rest = saved[: inputs + count], saved[inputs + count :]
+        kept_u, kept_active, tensors = rest[:count], rest[count : 2 * count], rest[2 * count :]
         needed: tuple[bool, ...] = ctx.needs_input_grad[3:]
         grads: list[Tensor | None] = [None] * len(values)
         for number, grad in zip(ctx.outputs, given, strict=True):
@@ -163,17 +190,19 @@ class _Region(torch.autograd.Function):
             if grad is None or not wanted[number]:
                 results[:0] = [None] * (1 + _VECTORS)
                 continue
-            weight, mask, scale, shift, bias = _own(tensors, inputs, i)
+            weight, mask, scale, shift, bias = _own(tensors, 0, i)
             need_weight, *need_vectors = _own(needed, inputs, i)
             need_residual = step.residual is not None and wanted[step.residual]
             if need_residual and not step.relu:
                 grads[step.residual] = _sum(grads[step.residual], grad)
             dx, dw, dz, sums = torch.ops.mnp_fast.conv2d_backward(
                 grad,
-                values[step.x],
+                values[step.x] if need_weight else None,
+                sizes[step.x],
                 weight,
                 values[number] if step.relu else None,
-                kept[i],
+                kept_active[i],
+                kept_u[i],
                 mask,
                 scale,
                 shift,

@@ -1,6 +1,37 @@
 // What turns a product into an output. Included once per instruction set; see isa.inl.
 #pragma once
 
+// The result of a comparison as one byte a lane, 0 or 255, and back. In shuffles of bytes:
+// compilers make conversions of vectors element by element.
+template <class T>
+using Compared = decltype(Vec<T>{} < Vec<T>{});
+
+template <class T>
+inline void store_flags(uint8_t* to, Compared<T> lanes, int64_t count) {
+  Vec<uint8_t> first{};
+  for (int j = 0; j < VecOf<T>::lanes; ++j) first[j] = j * sizeof(T);
+  const Vec<uint8_t> bytes = __builtin_shuffle((Vec<uint8_t>)lanes, first);
+  if (count >= VecOf<T>::lanes)
+    __builtin_memcpy(to, &bytes, VecOf<T>::lanes);
+  else
+    for (int64_t j = 0; j < count; ++j) to[j] = bytes[j];
+}
+
+template <class T>
+inline Compared<T> load_flags(const uint8_t* from, int64_t count) {
+  constexpr int L = VecOf<T>::lanes, kWords = (L + 7) / 8;
+  uint64_t words[kWords] = {};
+  if (count >= L)
+    __builtin_memcpy(words, from, L);
+  else
+    __builtin_memcpy(words, from, count);
+  Vec<uint64_t> repeated;
+  Vec<uint8_t> lane;
+  for (int j = 0; j < VecOf<uint64_t>::lanes; ++j) repeated[j] = words[j % kWords];
+  for (int j = 0; j < VecOf<uint8_t>::lanes; ++j) lane[j] = j / sizeof(T);
+  return (Compared<T>)__builtin_shuffle((Vec<uint8_t>)repeated, lane);
+}
+
 // One vector of neurons [first, first + count) of a sample, of which `count` exist.
 template <class T>
 struct OutputLane {
@@ -21,6 +52,7 @@ struct OutputLane {
       if (e->u) store_some<T>(e->u + element, u, count);
       if (e->mask) u = mask * (scale * u + shift) + bias;
       if (e->residual) u += load_some<T>(e->residual + element, count);
+      if (e->active) store_flags<T>(e->active + element, ~(u <= T(0)), count);
       if (e->relu) u = u < T(0) ? Vec<T>{} : u;
     }
     store_some<T>(output + element, u, count);

@@ -18,6 +18,7 @@ struct Epilogue {
   const T* bias;        // [K]
   const T* residual;    // laid out as the output, or null
   T* u;                 // where u is kept for the backward, or null
+  uint8_t* active;      // where is kept which outputs the ReLU let through, or null
   bool relu;
 };
 
@@ -104,8 +105,9 @@ template <class T>
 struct EpilogueGrad {
   NeuronLayout layout;
   const T* grad;
-  const T* y;  // the forward's output; null without ReLU
-  const T* u;  // null when sums[1..2] are not wanted
+  const T* y;             // the forward's output, or null
+  const uint8_t* active;  // which of them the ReLU let through, or null
+  const T* u;             // null when sums[1..2] are not wanted
   const T* mask;
   int64_t mask_stride;
   const T* scale;

@@ -89,6 +89,7 @@ void epilogue_grad_strip(const EpilogueGrad<T>& a, int64_t n, int64_t first, int
         const int64_t pixel = n * layout.inner + i, at = pixel * layout.neurons + first + v * L;
         Vec<T> dz = load_some<T>(a.grad + at, left);
         if (a.y) dz = load_some<T>(a.y + at, left) <= T(0) ? Vec<T>{} : dz;
+        if (a.active) dz = load_flags<T>(a.active + at, left) ? dz : Vec<T>{};
         if (a.dz) store_some<T>(a.dz + at, dz, left);
         if (a.g) store_some<T>(a.g + pixel * a.g_stride + first + v * L, dz * gain[v], left);
         if (!a.sums) continue;

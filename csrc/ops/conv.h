@@ -11,21 +11,19 @@ struct Conv {
   int64_t n, c, h, w, k, kh, kw, oh, ow, groups;
   int64_t stride[2], padding[2], dilation[2];
 
-  Conv(const char* op, const Tensor& x, const Tensor& weight, const Ints& s, const Ints& p,
+  Conv(const char* op, const Ints& x, const Tensor& weight, const Ints& s, const Ints& p,
        const Ints& d, int64_t g)
       : groups(g) {
-    MNP_CHECK(x.is_cpu() && weight.is_cpu(), op, ": x and weight must be on the CPU");
-    MNP_CHECK(x.dim() == 4, op, ": x must have shape (N, C, H, W), not ", shape_of(x));
+    MNP_CHECK(x.size() == 4, op, ": x must have shape (N, C, H, W), not ", shape_of(x));
     MNP_CHECK(weight.dim() == 4 && weight.numel() > 0, op,
               ": weight must have shape (K, C / groups, kh, kw), none of them 0, not ",
               shape_of(weight));
-    MNP_CHECK(x.scalar_type() == weight.scalar_type(), op, ": x and weight must share a dtype");
     MNP_CHECK(s.size() == 2 && s[0] > 0 && s[1] > 0, op, ": stride must be two positive integers");
     MNP_CHECK(d.size() == 2 && d[0] > 0 && d[1] > 0, op,
               ": dilation must be two positive integers");
     MNP_CHECK(p.size() == 2 && p[0] >= 0 && p[1] >= 0, op,
               ": padding must be two non-negative integers");
-    n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
+    n = x[0], c = x[1], h = x[2], w = x[3];
     k = weight.size(0), kh = weight.size(2), kw = weight.size(3);
     MNP_CHECK(g > 0 && k % g == 0 && c == weight.size(1) * g, op, ": x has ", c,
               " channels and weight has shape ", shape_of(weight),

@@ -17,14 +17,16 @@ Tensor empty_image(const std::vector<int64_t>& sizes, ScalarType type) {
     return torch::stable::empty({sizes.data(), sizes.size()}, type, std::nullopt, std::nullopt,
                                 std::nullopt, MemoryFormat::ChannelsLast);
   const int64_t strides[] = {sizes[1] * sizes[2] * sizes[3], 1, sizes[3] * sizes[1], sizes[1]};
-  const int64_t element = type == ScalarType::Double ? sizeof(double) : sizeof(float);
+  const auto [element, dtype] =
+      type == ScalarType::Double  ? std::pair(sizeof(double), aoti_torch_dtype_float64())
+      : type == ScalarType::Float ? std::pair(sizeof(float), aoti_torch_dtype_float32())
+                                  : std::pair(sizeof(uint8_t), aoti_torch_dtype_uint8());
   AtenTensorHandle handle = nullptr;
   void* const memory = take_memory(pixels * sizes[1] * element);
   const AOTITorchError failed = torch_from_blob(
-      memory, 4, sizes.data(), strides, 0,
-      type == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
-      aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
-      [](void* data, void*) { give_memory(data); }, nullptr);
+      memory, 4, sizes.data(), strides, 0, dtype, aoti_torch_device_type_cpu(), -1, &handle,
+      aoti_torch_layout_strided(), nullptr, 0, [](void* data, void*) { give_memory(data); },
+      nullptr);
   if (failed) {
     give_memory(memory);
     fail("mnp_fast: torch cannot make an image of ", pixels, " pixels");

@@ -51,8 +51,11 @@ Tensor masked_affine(const Tensor& x, const MaybeTensor& mask, const MaybeTensor
   Tensor y = torch::stable::empty_like(plan.x);
   with_type(plan.type, [&](auto zero) {
     using T = decltype(zero);
-    const cpu::Epilogue<T> e{data<T>(m.values), m.stride,           data<T>(a), data<T>(c),
-                             data<T>(b),        data_or_null<T>(r), nullptr,    relu};
+    cpu::Epilogue<T> e{};
+    e.mask = data<T>(m.values), e.mask_stride = m.stride;
+    e.scale = data<T>(a), e.shift = data<T>(c), e.bias = data<T>(b);
+    e.residual = data_or_null<T>(r);
+    e.relu = relu;
     const int64_t rows = layout.batch * (layout.channels_last ? layout.inner : layout.neurons);
     const int64_t row_size = layout.channels_last ? layout.neurons : layout.inner;
     torch::stable::parallel_for(0, rows, grain(row_size), [&](int64_t begin, int64_t end) {

@@ -10,10 +10,9 @@ Tensor to_channels_last(const Tensor& t, ScalarType type) {
   return torch::stable::contiguous(as_type(t, type), MemoryFormat::ChannelsLast);
 }
 
-// `t` in the input's dtype and memory format.
-Tensor as_given(const Tensor& t, const Tensor& input) {
-  const Tensor typed = as_type(t, input.scalar_type());
-  return is_channels_last(input) ? typed : torch::stable::contiguous(typed);
+// An image in the memory format of the one that was given.
+Tensor in_format_of(const Tensor& given, const Tensor& image) {
+  return is_channels_last(given) ? image : torch::stable::contiguous(image);
 }
 
 Tensor empty(const Ints& sizes, ScalarType type) {
@@ -56,18 +55,23 @@ Algorithm choose_algorithm(const char* op, const Conv& conv, const std::string& 
   return faster ? Algorithm::winograd4 : Algorithm::direct;
 }
 
+// The image that is convolved: on the CPU, in the weight's dtype.
+void check_input(const char* op, const Tensor& x, const Tensor& weight) {
+  MNP_CHECK(x.is_cpu() && weight.is_cpu(), op, ": x and weight must be on the CPU");
+  MNP_CHECK(x.scalar_type() == weight.scalar_type(), op, ": x and weight must share a dtype");
+}
+
 }  // namespace
 
-std::tuple<Tensor, Tensor> masked_conv2d(const Tensor& x, const Tensor& weight,
-                                         const MaybeTensor& mask, const MaybeTensor& scale,
-                                         const MaybeTensor& shift, const MaybeTensor& bias,
-                                         const MaybeTensor& residual, const Ints& stride,
-                                         const Ints& padding, const Ints& dilation, int64_t groups,
-                                         const std::string& activation, bool keep_u,
-                                         const std::string& algorithm) {
+std::tuple<Tensor, Tensor, Tensor> conv2d_forward(
+    const Tensor& x, const Tensor& weight, const MaybeTensor& mask, const MaybeTensor& scale,
+    const MaybeTensor& shift, const MaybeTensor& bias, const MaybeTensor& residual,
+    const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups,
+    const std::string& activation, bool keep_u, bool keep_active, const std::string& algorithm) {
   const char* op = "masked_conv2d";
   const ScalarType type = compute_type(op, x);
-  const Conv conv(op, x, weight, stride, padding, dilation, groups);
+  check_input(op, x, weight);
+  const Conv conv(op, sizes_of(x), weight, stride, padding, dilation, groups);
   const Mask m(op, mask, conv.n, conv.k, x, type);
   const Tensor a = neuron_vector(op, "scale", scale, conv.k, 1, x, type);
   const Tensor c = neuron_vector(op, "shift", shift, conv.k, 0, x, type);
@@ -78,12 +82,11 @@ std::tuple<Tensor, Tensor> masked_conv2d(const Tensor& x, const Tensor& weight,
   const Ints sizes{conv.n, conv.k, conv.oh, conv.ow};
   Tensor y = empty_image(sizes, type);
   Tensor u = keep_u ? empty_image(sizes, type) : empty({0}, type);
+  Tensor active = keep_active ? empty_image(sizes, ScalarType::Byte) : empty({0}, ScalarType::Byte);
   MaybeTensor r;
   if (residual) {
-    MNP_CHECK(residual->dim() == 4 && residual->size(0) == conv.n && residual->size(1) == conv.k &&
-                  residual->size(2) == conv.oh && residual->size(3) == conv.ow,
-              op, ": residual must have the output's shape ", shape_of(y), ", not ",
-              shape_of(*residual));
+    MNP_CHECK(sizes_of(*residual) == sizes, op, ": residual must have the output's shape ",
+              shape_of(sizes), ", not ", shape_of(*residual));
     MNP_CHECK(residual->is_cpu() && residual->scalar_type() == x.scalar_type(), op,
               ": residual must have the input's dtype and device");
     r = to_channels_last(*residual, type);
@@ -92,41 +95,57 @@ std::tuple<Tensor, Tensor> masked_conv2d(const Tensor& x, const Tensor& weight,
   const Tensor kernel = even_taps(as_type(weight, type));
   with_type(type, [&](auto zero) {
     using T = decltype(zero);
-    const cpu::Epilogue<T> epilogue{data<T>(m.values),
-                                    m.stride,
-                                    data<T>(a),
-                                    data<T>(c),
-                                    data<T>(b),
-                                    data_or_null<T>(r),
-                                    keep_u ? mutable_data<T>(u) : nullptr,
-                                    relu};
+    cpu::Epilogue<T> epilogue{};
+    epilogue.mask = data<T>(m.values), epilogue.mask_stride = m.stride;
+    epilogue.scale = data<T>(a), epilogue.shift = data<T>(c), epilogue.bias = data<T>(b);
+    epilogue.residual = data_or_null<T>(r);
+    epilogue.u = keep_u ? mutable_data<T>(u) : nullptr;
+    epilogue.active = keep_active ? mutable_data<uint8_t>(active) : nullptr;
+    epilogue.relu = relu;
     if (chosen == Algorithm::direct)
       direct_forward(conv, kernel, data<T>(input), epilogue, mutable_data<T>(y));
     else
       winograd_forward(conv, chosen, kernel, data<T>(input), epilogue, mutable_data<T>(y));
   });
-  return {as_given(y, x), u};
+  return {as_type(y, x.scalar_type()), u, active};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& weight, const MaybeTensor& y,
-    const MaybeTensor& u, const MaybeTensor& mask, const MaybeTensor& scale,
-    const MaybeTensor& shift, const Ints& stride, const Ints& padding, const Ints& dilation,
-    int64_t groups, bool need_x, bool need_weight, bool need_residual, bool need_sums,
-    const std::string& algorithm, const MaybeTensor& add) {
+std::tuple<Tensor, Tensor> masked_conv2d(const Tensor& x, const Tensor& weight,
+                                         const MaybeTensor& mask, const MaybeTensor& scale,
+                                         const MaybeTensor& shift, const MaybeTensor& bias,
+                                         const MaybeTensor& residual, const Ints& stride,
+                                         const Ints& padding, const Ints& dilation, int64_t groups,
+                                         const std::string& activation, bool keep_u,
+                                         const std::string& algorithm) {
+  const auto [y, u, active] =
+      conv2d_forward(x, weight, mask, scale, shift, bias, residual, stride, padding, dilation,
+                     groups, activation, keep_u, false, algorithm);
+  return {in_format_of(x, y), u};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_backward(
+    const Tensor& grad, const MaybeTensor& x, const Ints& x_size, const Tensor& weight,
+    const MaybeTensor& y, const MaybeTensor& active, const MaybeTensor& u, const MaybeTensor& mask,
+    const MaybeTensor& scale, const MaybeTensor& shift, const Ints& stride, const Ints& padding,
+    const Ints& dilation, int64_t groups, bool need_x, bool need_weight, bool need_residual,
+    bool need_sums, const std::string& algorithm, const MaybeTensor& add) {
   const char* op = "masked_conv2d_backward";
-  const ScalarType type = compute_type(op, x);
-  const Conv conv(op, x, weight, stride, padding, dilation, groups);
-  const Mask m(op, mask, conv.n, conv.k, x, type);
-  const Tensor a = neuron_vector(op, "scale", scale, conv.k, 1, x, type);
-  const Tensor c = neuron_vector(op, "shift", shift, conv.k, 0, x, type);
+  const ScalarType type = compute_type(op, grad);
+  MNP_CHECK(grad.is_cpu() && weight.is_cpu() && grad.scalar_type() == weight.scalar_type(), op,
+            ": grad must have the weight's dtype and device");
+  const Conv conv(op, x_size, weight, stride, padding, dilation, groups);
+  const Mask m(op, mask, conv.n, conv.k, grad, type);
+  const Tensor a = neuron_vector(op, "scale", scale, conv.k, 1, grad, type);
+  const Tensor c = neuron_vector(op, "shift", shift, conv.k, 0, grad, type);
   const Algorithm chosen = choose_algorithm(op, conv, algorithm, type, true);
-  MNP_CHECK(grad.dim() == 4 && grad.size(0) == conv.n && grad.size(1) == conv.k &&
-                grad.size(2) == conv.oh && grad.size(3) == conv.ow,
-            op, ": grad must have the output's shape, not ", shape_of(grad));
-  MNP_CHECK(grad.is_cpu() && grad.scalar_type() == x.scalar_type(), op,
-            ": grad must have the input's dtype and device");
+  const Ints out_sizes{conv.n, conv.k, conv.oh, conv.ow};
+  MNP_CHECK(sizes_of(grad) == out_sizes, op, ": grad must have the output's shape ",
+            shape_of(out_sizes), ", not ", shape_of(grad));
+  MNP_CHECK(x || !need_weight, op, ": x must be given where need_weight");
   if (y) check_like(op, "y", *y, grad);
+  MNP_CHECK(!active || (active->is_cpu() && active->scalar_type() == ScalarType::Byte &&
+                        active->numel() == grad.numel()),
+            op, ": active must be what conv2d_forward kept");
   MNP_CHECK(!u || (u->is_cpu() && u->scalar_type() == type && u->numel() == grad.numel()), op,
             ": u must be what masked_conv2d kept");
 
@@ -134,13 +153,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
   MaybeTensor out, pre, more;
   if (y) out = to_channels_last(*y, type);
   if (add && need_x) {
-    check_like(op, "add", *add, x);
+    MNP_CHECK(add->is_cpu() && add->scalar_type() == grad.scalar_type() && sizes_of(*add) == x_size,
+              op, ": add must have x's shape ", shape_of(x_size), ", dtype and device");
     more = to_channels_last(*add, type);
   }
   if (u) pre = torch::stable::contiguous(*u, MemoryFormat::ChannelsLast);
-  const Ints out_sizes{conv.n, conv.k, conv.oh, conv.ow};
   Tensor dres = need_residual ? empty_image(out_sizes, type) : empty({0}, type);
-  Tensor dx = need_x ? empty_image({conv.n, conv.c, conv.h, conv.w}, type) : empty({0}, type);
+  Tensor dx = need_x ? empty_image(x_size, type) : empty({0}, type);
   Tensor dw =
       need_weight ? empty({conv.k, conv.group_in(), conv.kh, conv.kw}, type) : empty({0}, type);
   Tensor sums = need_sums ? empty({3, conv.n, conv.k}, type) : empty({0}, type);
@@ -153,6 +172,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
     e.layout = {conv.n, conv.k, conv.oh * conv.ow, true};
     e.grad = data<T>(dy);
     e.y = data_or_null<T>(out);
+    e.active = data_or_null<uint8_t>(active);
     e.u = need_sums ? data_or_null<T>(pre) : nullptr;
     e.mask = data<T>(m.values), e.mask_stride = m.stride;
     e.scale = data<T>(a), e.shift = data<T>(c);
@@ -170,12 +190,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
         winograd_input_grad(conv, chosen, kernel, g.get(), g_stride, sum, mutable_data<T>(dx));
     }
     if (need_weight) {
-      const Tensor input = to_channels_last(x, type);
+      const Tensor input = to_channels_last(*x, type);
       weight_grad(conv, g.get(), g_stride, data<T>(input), mutable_data<T>(dw));
     }
   });
-  return {need_x ? as_given(dx, x) : dx, need_weight ? as_type(dw, x.scalar_type()) : dw,
-          need_residual ? as_given(dres, x) : dres, sums};
+  return {as_type(dx, grad.scalar_type()), as_type(dw, grad.scalar_type()),
+          as_type(dres, grad.scalar_type()), sums};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& weight, const MaybeTensor& y,
+    const MaybeTensor& u, const MaybeTensor& mask, const MaybeTensor& scale,
+    const MaybeTensor& shift, const Ints& stride, const Ints& padding, const Ints& dilation,
+    int64_t groups, bool need_x, bool need_weight, bool need_residual, bool need_sums,
+    const std::string& algorithm) {
+  check_input("masked_conv2d_backward", x, weight);
+  const auto [dx, dw, dres, sums] = conv2d_backward(
+      grad, x, sizes_of(x), weight, y, std::nullopt, u, mask, scale, shift, stride, padding,
+      dilation, groups, need_x, need_weight, need_residual, need_sums, algorithm, std::nullopt);
+  return {need_x ? in_format_of(x, dx) : dx, dw, need_residual ? in_format_of(x, dres) : dres,
+          sums};
 }
 
 }  // namespace mnp::ops

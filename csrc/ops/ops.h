@@ -22,7 +22,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
     const MaybeTensor& u, const MaybeTensor& mask, const MaybeTensor& scale,
     const MaybeTensor& shift, const Ints& stride, const Ints& padding, const Ints& dilation,
     int64_t groups, bool need_x, bool need_weight, bool need_residual, bool need_sums,
-    const std::string& algorithm, const MaybeTensor& add);
+    const std::string& algorithm);
+
+// The same for code that has its own formula for autograd: images are channels-last, the output's
+// activity stands in for it, the input is given only where the weight takes gradients, and `add`
+// is added to its gradient.
+std::tuple<Tensor, Tensor, Tensor> conv2d_forward(
+    const Tensor& x, const Tensor& weight, const MaybeTensor& mask, const MaybeTensor& scale,
+    const MaybeTensor& shift, const MaybeTensor& bias, const MaybeTensor& residual,
+    const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups,
+    const std::string& activation, bool keep_u, bool keep_active, const std::string& algorithm);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_backward(
+    const Tensor& grad, const MaybeTensor& x, const Ints& x_size, const Tensor& weight,
+    const MaybeTensor& y, const MaybeTensor& active, const MaybeTensor& u, const MaybeTensor& mask,
+    const MaybeTensor& scale, const MaybeTensor& shift, const Ints& stride, const Ints& padding,
+    const Ints& dilation, int64_t groups, bool need_x, bool need_weight, bool need_residual,
+    bool need_sums, const std::string& algorithm, const MaybeTensor& add);
 
 Tensor masked_affine(const Tensor& x, const MaybeTensor& mask, const MaybeTensor& scale,
                      const MaybeTensor& shift, const MaybeTensor& bias, const MaybeTensor& residual,

@@ -4,11 +4,19 @@
 
 namespace mnp::ops {
 
-std::string shape_of(const Tensor& t) {
-  std::string text = "(";
-  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
-  return text + (t.dim() == 1 ? ",)" : ")");
+std::vector<int64_t> sizes_of(const Tensor& t) {
+  std::vector<int64_t> sizes(t.dim());
+  for (int64_t i = 0; i < t.dim(); ++i) sizes[i] = t.size(i);
+  return sizes;
 }
+
+std::string shape_of(const std::vector<int64_t>& sizes) {
+  std::string text = "(";
+  for (size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text + (sizes.size() == 1 ? ",)" : ")");
+}
+
+std::string shape_of(const Tensor& t) { return shape_of(sizes_of(t)); }
 
 ScalarType compute_type(const char* op, const Tensor& t) {
   switch (t.scalar_type()) {

@@ -269,7 +269,6 @@ def _backward_fake(
     need_residual: bool,
     need_sums: bool,
     algorithm: str = "auto",
-    add: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     none = x.new_empty(0, dtype=compute_dtype(x.dtype))
     return (
@@ -299,7 +298,6 @@ def _backward_default(
     need_residual: bool,
     need_sums: bool,
     algorithm: str = "auto",
-    add: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = compute_dtype(x.dtype)
     none = x.new_empty(0, dtype=dtype)
@@ -322,8 +320,6 @@ def _backward_default(
         groups,
         [need_x, need_weight, False],
     )
-    if need_x and add is not None:
-        dx = dx + add
     return (
         empty_like_layout(x, tuple(x.shape)).copy_(dx) if need_x else none,
         dw.contiguous() if need_weight else none.clone(),
