@@ -67,6 +67,24 @@ struct Winograd {
   const Epilogue<T>* epilogue;  // null: the convolution itself
 };
 
+// The gradient of its weights from that of its output.
+template <class T>
+struct WinogradWeightGrad {
+  Winograd<T> conv;  // output and epilogue are not used; max(depth, width) zeros
+  const T* grad;     // NHWC, grad_stride elements from a pixel to the next
+  int64_t grad_stride;
+  T* weight_grad;  // [width][depth][3][3]
+  int64_t l2;      // bytes of the second cache
+};
+
+// How a gradient of weights is computed: tiles are transformed so many at a time, and units of work
+// have their sums for each position.
+struct WinogradPlan {
+  int64_t tiles, positions, units;
+  int64_t inputs, grads;  // elements of transformed tiles
+  int64_t sums;           // elements of a unit's sums
+};
+
 // dW[k][d][tap] = sum over output pixels of grad[p][k] * x[p at tap][d].
 template <class T>
 struct WeightGrad {
@@ -151,6 +169,15 @@ struct WinogradKernels {
   // Writes one group's outputs of tiles [begin, end), whose inputs are at rows [row, ...).
   void (*output)(const Winograd<T>&, int64_t begin, int64_t end, const T* inputs, int64_t row,
                  int64_t tiles, int64_t group, const T* packed, T* products);
+  WinogradPlan (*weight_plan)(const WinogradWeightGrad<T>&);
+  // Transforms tiles [begin, end), of which the buffers' first is `first`.
+  void (*weight_tiles)(const WinogradWeightGrad<T>&, int64_t begin, int64_t end, int64_t first,
+                       T* inputs, T* grads);
+  // Sums of a unit over the buffers' first `tiles`, for positions [begin, end).
+  void (*weight_sums)(const WinogradWeightGrad<T>&, int64_t unit, int64_t begin, int64_t end,
+                      int64_t tiles, const T* inputs, const T* grads, T* sums, bool accumulate);
+  // A unit's gradients from its sums.
+  void (*weight_output)(const WinogradWeightGrad<T>&, int64_t unit, const T* sums);
 };
 
 template <class T>

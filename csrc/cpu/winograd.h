@@ -42,6 +42,24 @@ struct F4 {
     out[2 * out_step] = sum + T(0.25) * m[3] + T(4) * m[4];
     out[3 * out_step] = difference + T(0.125) * m[3] - T(8) * m[4] + m[5];
   }
+
+  static void output_transposed(const Vec<T>* y, Vec<T>* out, int64_t out_step) {
+    const Vec<T> even = y[0] + y[2], odd = y[1] + y[3];
+    out[0] = y[0];
+    out[out_step] = even + odd;
+    out[2 * out_step] = even - odd;
+    out[3 * out_step] = (y[0] + T(0.25) * y[2]) + (T(0.5) * y[1] + T(0.125) * y[3]);
+    out[4 * out_step] = (y[0] + T(4) * y[2]) - (T(2) * y[1] + T(8) * y[3]);
+    out[5 * out_step] = y[3];
+  }
+
+  static void weight_transposed(const Vec<T>* m, Vec<T>* out, int64_t out_step) {
+    const Vec<T> sum = (m[1] + m[2]) * T(1. / 3), difference = (m[1] - m[2]) * T(1. / 3);
+    const Vec<T> half = m[3] * T(-4. / 15), two = m[4] * T(1. / 15);
+    out[0] = m[0] + difference + (T(4) * half + two);
+    out[out_step] = sum + T(2) * (half - two);
+    out[2 * out_step] = difference + (half + T(4) * two) + m[5];
+  }
 };
 
 // The points 0, 1, -1 and infinity.
@@ -68,6 +86,20 @@ struct F2 {
   static void output(const Vec<T>* m, Vec<T>* out, int64_t out_step) {
     out[0] = m[0] + m[1] + m[2];
     out[out_step] = m[1] - m[2] - m[3];
+  }
+
+  static void output_transposed(const Vec<T>* y, Vec<T>* out, int64_t out_step) {
+    out[0] = y[0];
+    out[out_step] = y[0] + y[1];
+    out[2 * out_step] = y[0] - y[1];
+    out[3 * out_step] = -y[1];
+  }
+
+  static void weight_transposed(const Vec<T>* m, Vec<T>* out, int64_t out_step) {
+    const Vec<T> sum = (m[1] + m[2]) * T(0.5);
+    out[0] = m[0] + sum;
+    out[out_step] = (m[1] - m[2]) * T(0.5);
+    out[2 * out_step] = sum + m[3];
   }
 };
 

@@ -6,14 +6,30 @@
 namespace mnp::ops {
 namespace {
 
+template <class T>
+const cpu::WinogradKernels<T>& kernels_for(Algorithm algorithm) {
+  const auto& all = cpu::kernels_of<T>();
+  return algorithm == Algorithm::winograd2 ? all.winograd2 : all.winograd4;
+}
+
+// The convolution without its output.
+template <class T>
+cpu::Winograd<T> problem(const Conv& conv, const T* x) {
+  cpu::Winograd<T> a{};
+  a.input = x;
+  a.batch = conv.n, a.in_h = conv.h, a.in_w = conv.w, a.in_stride = a.depth = conv.c;
+  a.padding_h = conv.padding[0], a.padding_w = conv.padding[1];
+  a.out_h = conv.oh, a.out_w = conv.ow, a.width = conv.k;
+  return a;
+}
+
 // Runs `a` with the convolution's weights, for a gradient of the input turned and transposed.
 template <class T>
 void run_winograd(cpu::Winograd<T>& a, Algorithm algorithm, const Tensor& weight, bool transposed) {
-  const auto& all = cpu::kernels_of<T>();
-  const auto& kernels = algorithm == Algorithm::winograd2 ? all.winograd2 : all.winograd4;
+  const auto& kernels = kernels_for<T>(algorithm);
   const std::unique_ptr<T[]> zeros(new T[a.depth]());
   a.zeros = zeros.get();
-  const int64_t tiles = kernels.tiles(a), groups = all.winograd_groups(a.width);
+  const int64_t tiles = kernels.tiles(a), groups = cpu::kernels_of<T>().winograd_groups(a.width);
   if (tiles == 0) return;
   const int64_t group_size = kernels.group_size(a.depth);
   const auto pack = [&](int64_t group, T* packed) {
@@ -64,12 +80,8 @@ void run_winograd(cpu::Winograd<T>& a, Algorithm algorithm, const Tensor& weight
 template <class T>
 void winograd_forward(const Conv& conv, Algorithm algorithm, const Tensor& weight, const T* x,
                       const cpu::Epilogue<T>& epilogue, T* y) {
-  cpu::Winograd<T> a{};
-  a.input = x;
-  a.batch = conv.n, a.in_h = conv.h, a.in_w = conv.w, a.in_stride = a.depth = conv.c;
-  a.padding_h = conv.padding[0], a.padding_w = conv.padding[1];
+  cpu::Winograd<T> a = problem(conv, x);
   a.output = y;
-  a.out_h = conv.oh, a.out_w = conv.ow, a.width = conv.k;
   a.epilogue = &epilogue;
   run_winograd(a, algorithm, weight, false);
 }
@@ -88,13 +100,74 @@ void winograd_input_grad(const Conv& conv, Algorithm algorithm, const Tensor& we
   run_winograd(a, algorithm, weight, true);
 }
 
+template <class T>
+void winograd_weight_grad(const Conv& conv, Algorithm algorithm, const T* g, int64_t g_stride,
+                          const T* x, T* dw) {
+  const auto& kernels = kernels_for<T>(algorithm);
+  cpu::WinogradWeightGrad<T> a{};
+  a.conv = problem(conv, x);
+  const std::unique_ptr<T[]> zeros(new T[std::max(conv.c, conv.k)]());
+  a.conv.zeros = zeros.get();
+  a.grad = g, a.grad_stride = g_stride, a.weight_grad = dw;
+  a.l2 = cpu::caches().l2;
+  const int64_t tiles = kernels.tiles(a.conv);
+  if (tiles == 0) {
+    std::fill_n(dw, conv.k * conv.c * conv.taps(), T(0));
+    return;
+  }
+  const cpu::WinogradPlan plan = kernels.weight_plan(a);
+  const auto inputs = buffer<T>(plan.inputs), grads = buffer<T>(plan.grads);
+  const auto transform = [&](int64_t first, int64_t last) {
+    torch::stable::parallel_for(
+        first, last, grain(16 * (conv.c + conv.k)), [&](int64_t begin, int64_t end) {
+          kernels.weight_tiles(a, begin, end, first, inputs.get(), grads.get());
+        });
+  };
+  const int64_t unit_cost = plan.tiles * plan.sums;
+  if (plan.tiles == tiles) {
+    // All at once: a unit's sums become gradients while they are in cache.
+    transform(0, tiles);
+    torch::stable::parallel_for(0, plan.units, grain(unit_cost), [&](int64_t begin, int64_t end) {
+      const auto sums = buffer<T>(plan.sums);
+      for (int64_t u = begin; u < end; ++u) {
+        kernels.weight_sums(a, u, 0, plan.positions, tiles, inputs.get(), grads.get(), sums.get(),
+                            false);
+        kernels.weight_output(a, u, sums.get());
+      }
+    });
+    return;
+  }
+  const auto sums = buffer<T>(plan.units * plan.sums);
+  for (int64_t first = 0; first < tiles; first += plan.tiles) {
+    const int64_t last = std::min(tiles, first + plan.tiles);
+    transform(first, last);
+    torch::stable::parallel_for(0, plan.units * plan.positions, grain(unit_cost / plan.positions),
+                                [&](int64_t begin, int64_t end) {
+                                  for (int64_t i = begin, next; i < end; i = next) {
+                                    const int64_t unit = i / plan.positions, q = i % plan.positions;
+                                    next = std::min(end, (unit + 1) * plan.positions);
+                                    kernels.weight_sums(a, unit, q, q + next - i, last - first,
+                                                        inputs.get(), grads.get(),
+                                                        sums.get() + unit * plan.sums, first > 0);
+                                  }
+                                });
+  }
+  torch::stable::parallel_for(0, plan.units, grain(plan.sums), [&](int64_t begin, int64_t end) {
+    for (int64_t u = begin; u < end; ++u) kernels.weight_output(a, u, sums.get() + u * plan.sums);
+  });
+}
+
 template void winograd_forward(const Conv&, Algorithm, const Tensor&, const float*,
                                const cpu::Epilogue<float>&, float*);
 template void winograd_input_grad(const Conv&, Algorithm, const Tensor&, const float*, int64_t,
                                   const cpu::Epilogue<float>&, float*);
+template void winograd_weight_grad(const Conv&, Algorithm, const float*, int64_t, const float*,
+                                   float*);
 template void winograd_forward(const Conv&, Algorithm, const Tensor&, const double*,
                                const cpu::Epilogue<double>&, double*);
 template void winograd_input_grad(const Conv&, Algorithm, const Tensor&, const double*, int64_t,
                                   const cpu::Epilogue<double>&, double*);
+template void winograd_weight_grad(const Conv&, Algorithm, const double*, int64_t, const double*,
+                                   double*);
 
 }  // namespace mnp::ops

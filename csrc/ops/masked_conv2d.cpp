@@ -163,7 +163,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
     }
     if (need_weight) {
       const Tensor input = to_channels_last(x, type);
-      weight_grad(conv, g.get(), g_stride, data<T>(input), mutable_data<T>(dw));
+      if (chosen == Algorithm::direct)
+        direct_weight_grad(conv, g.get(), g_stride, data<T>(input), mutable_data<T>(dw));
+      else
+        winograd_weight_grad(conv, chosen, g.get(), g_stride, data<T>(input), mutable_data<T>(dw));
     }
   });
   return {need_x ? as_given(dx, x) : dx, need_weight ? as_type(dw, x.scalar_type()) : dw,
