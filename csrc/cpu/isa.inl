@@ -71,7 +71,7 @@ template <class F, class T = typename F::T>
 constexpr WinogradKernels<T> make_winograd() {
   return {winograd_block<F>,        winograd_group_size<F>,  winograd_pack<F>,
           winograd_tiles<F>,        winograd_input_size<F>,  winograd_input<F>,
-          winograd_product_size<F>, winograd_output<F>,      winograd_plan<F>,
+          winograd_product_size<F>, winograd_output<F>,      winograd_weight_plan<F>,
           winograd_weight_tiles<F>, winograd_weight_sums<F>, winograd_weight_output<F>};
 }
 

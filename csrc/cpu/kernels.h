@@ -67,22 +67,22 @@ struct Winograd {
   const Epilogue<T>* epilogue;  // null: the convolution itself
 };
 
-// The gradient of its weights from that of its output.
-template <class T>
-struct WinogradWeightGrad {
-  Winograd<T> conv;  // output and epilogue are not used; max(depth, width) zeros
-  const T* grad;     // NHWC, grad_stride elements from a pixel to the next
-  int64_t grad_stride;
-  T* weight_grad;  // [width][depth][3][3]
-  int64_t l2;      // bytes of the second cache
+// How the gradient of its weights is computed: so many tiles are transformed at a time, and each
+// unit of work sums products of `edge` neurons and `edge` input channels at all positions of a
+// tile.
+struct WinogradWeightPlan {
+  int64_t tiles, positions, units, edge;
+  int64_t inputs, grads;  // elements of the transformed tiles
+  int64_t sums;           // elements of a unit's sums
 };
 
-// How a gradient of weights is computed: tiles are transformed so many at a time, and units of work
-// have their sums for each position.
-struct WinogradPlan {
-  int64_t tiles, positions, units;
-  int64_t inputs, grads;  // elements of transformed tiles
-  int64_t sums;           // elements of a unit's sums
+template <class T>
+struct WinogradWeightGrad {
+  Winograd<T> conv;  // without output and epilogue; max(depth, width) zeros
+  WinogradWeightPlan plan;
+  const T* grad;  // NHWC, grad_stride elements from a pixel to the next
+  int64_t grad_stride;
+  T* weight_grad;  // [width][depth][3][3]
 };
 
 // dW[k][d][tap] = sum over output pixels of grad[p][k] * x[p at tap][d].
@@ -169,7 +169,8 @@ struct WinogradKernels {
   // Writes one group's outputs of tiles [begin, end), whose inputs are at rows [row, ...).
   void (*output)(const Winograd<T>&, int64_t begin, int64_t end, const T* inputs, int64_t row,
                  int64_t tiles, int64_t group, const T* packed, T* products);
-  WinogradPlan (*weight_plan)(const WinogradWeightGrad<T>&);
+  // For a second cache of l2 bytes.
+  WinogradWeightPlan (*weight_plan)(const Winograd<T>&, int64_t l2);
   // Transforms tiles [begin, end), of which the buffers' first is `first`.
   void (*weight_tiles)(const WinogradWeightGrad<T>&, int64_t begin, int64_t end, int64_t first,
                        T* inputs, T* grads);

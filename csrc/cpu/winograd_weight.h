@@ -11,38 +11,50 @@
 // first cache.
 constexpr int64_t kSumTiles = 64;
 
-// Channels of a unit on either side: its sums take about half of the second cache.
-template <class F, class T = typename F::T>
-inline int64_t winograd_edge(int64_t l2) {
-  constexpr int64_t kWide = Panels<T>::kWide;
-  int64_t edge = kWide;
-  while (kPositions<F> * (edge + kWide) * (edge + kWide) * int64_t(sizeof(T)) <= l2 / 2)
-    edge += kWide;
-  return edge;
-}
-
-// Elements from one position of a block of channels to the next, for so many tiles or, of a unit's
-// sums, channels of the gradient.
+// Elements from one position to the next: of a block for so many tiles, or of a unit's sums for so
+// many neurons.
 inline int64_t block_position(int64_t edge, int64_t rows) { return edge * rows + kSkew; }
 
 template <class F, class T = typename F::T>
-WinogradPlan winograd_plan(const WinogradWeightGrad<T>& a) {
-  const int64_t edge = winograd_edge<F>(a.l2), depth = a.conv.depth, width = a.conv.width;
-  const int64_t depth_blocks = (depth + edge - 1) / edge, width_blocks = (width + edge - 1) / edge;
-  WinogradPlan plan{};
+WinogradWeightPlan winograd_weight_plan(const Winograd<T>& conv, int64_t l2) {
+  constexpr int64_t kWide = Panels<T>::kWide;
+  WinogradWeightPlan plan{};
+  plan.positions = kPositions<F>;
+  // Two panels, where a unit's sums then stay in the second cache.
+  const int64_t sums = kPositions<F> * 4 * kWide * kWide * static_cast<int64_t>(sizeof(T));
+  plan.edge = sums <= l2 / 2 ? 2 * kWide : kWide;
+  const int64_t depth_blocks = (conv.depth + plan.edge - 1) / plan.edge;
+  const int64_t width_blocks = (conv.width + plan.edge - 1) / plan.edge;
+  plan.units = depth_blocks * width_blocks;
+  plan.sums = kPositions<F> * block_position(plan.edge, plan.edge);
   // Transformed tiles take no more memory than all sums, unless there are few channels.
-  plan.tiles =
-      min(winograd_tiles<F>(a.conv), max<int64_t>(kSumTiles, depth * width / (depth + width)));
-  const int64_t block = kPositions<F> * block_position(edge, plan.tiles);
+  plan.tiles = min(winograd_tiles<F>(conv),
+                   max(kSumTiles, conv.depth * conv.width / (conv.depth + conv.width)));
+  const int64_t block = kPositions<F> * block_position(plan.edge, plan.tiles);
   plan.inputs = depth_blocks * block;
   plan.grads = width_blocks * block;
-  plan.positions = kPositions<F>;
-  plan.units = depth_blocks * width_blocks;
-  plan.sums = kPositions<F> * block_position(edge, edge);
   return plan;
 }
 
-// One vector of gradients of a tile whose pixels are given.
+// The pixels that a tile reads.
+template <class F, class T = typename F::T>
+struct UnderTile {
+  const T* input[kPositions<F>];
+  const T* grad[F::kOut * F::kOut];
+
+  void find(const WinogradWeightGrad<T>& a, int64_t tile) {
+    tile_pixels<F>(a.conv, tile, input);
+    const TileAt<F> at(a.conv, tile);
+    for (int64_t i = 0; i < F::kOut; ++i)
+      for (int64_t j = 0; j < F::kOut; ++j) {
+        const T* g =
+            under_tap(a.grad, a.conv.out_h, a.conv.out_w, a.grad_stride, at.n, at.h + i, at.w + j);
+        grad[i * F::kOut + j] = g ? g : a.conv.zeros;
+      }
+  }
+};
+
+// One vector of neurons, or the last `count` of them, of a tile's gradients.
 template <class F, bool Whole, class T = typename F::T>
 inline void grad_lane(const T* const* pixel, int64_t k, int64_t count, T* out, int64_t position) {
   Vec<T> y[F::kOut], half[F::kIn * F::kOut], whole[F::kIn];
@@ -59,81 +71,76 @@ inline void grad_lane(const T* const* pixel, int64_t k, int64_t count, T* out, i
   }
 }
 
-// The gradients under a tile.
-template <class F, class T = typename F::T>
-inline void tile_grads(const WinogradWeightGrad<T>& a, int64_t tile, const T** pixel) {
-  const TileAt<F> at(a.conv, tile);
-  for (int64_t i = 0; i < F::kOut; ++i)
-    for (int64_t j = 0; j < F::kOut; ++j) {
-      const T* g =
-          under_tap(a.grad, a.conv.out_h, a.conv.out_w, a.grad_stride, at.n, at.h + i, at.w + j);
-      pixel[i * F::kOut + j] = g ? g : a.conv.zeros;
-    }
-}
-
-// Tiles [begin, end), of which `first` is the first in the buffers.
+// Transforms tiles [begin, end), of which the buffers' first is `first`.
 template <class F, class T = typename F::T>
 void winograd_weight_tiles(const WinogradWeightGrad<T>& a, int64_t begin, int64_t end,
                            int64_t first, T* inputs, T* grads) {
-  constexpr int64_t L = VecOf<T>::lanes, kWide = Panels<T>::kWide;
-  const Panels<T> shape{a.conv.depth};
-  const WinogradPlan plan = winograd_plan<F>(a);
-  const int64_t edge = winograd_edge<F>(a.l2), position = block_position(edge, plan.tiles);
-  const T *pixel[kPositions<F>], *grad[F::kOut * F::kOut];
+  constexpr int64_t L = VecOf<T>::lanes, kWide = Panels<T>::kWide, kLine = 64 / sizeof(T);
+  const int64_t depth = a.conv.depth, width = a.conv.width, edge = a.plan.edge;
+  const int64_t position = block_position(edge, a.plan.tiles), block = kPositions<F> * position;
+  UnderTile<F> under[2];
+  under[0].find(a, begin);
   for (int64_t tile = begin; tile < end; ++tile) {
-    const int64_t row = tile - first;
-    tile_pixels<F>(a.conv, tile, pixel);
-    for (int64_t c = 0; c < a.conv.depth; c += L) {
-      T* panel =
-          inputs + c / edge * kPositions<F> * position + c % edge / kWide * kWide * plan.tiles;
-      T* out = panel + row * shape.lanes(c / kWide) + c % kWide;
-      if (c + L <= a.conv.depth)
-        input_lane<F, true>(pixel, c, L, out, position);
+    const UnderTile<F>& here = under[(tile - begin) % 2];
+    UnderTile<F>& next = under[(tile - begin + 1) % 2];
+    next.find(a, min(tile + 1, end - 1));
+    for (int64_t c = 0; c < depth; c += L) {
+      if (c % kLine == 0)
+        for (int64_t q = 0; q < kPositions<F>; ++q)
+          if (q % F::kIn >= F::kIn - F::kOut) __builtin_prefetch(next.input[q] + c);
+      const int64_t panel = c / kWide, lane = c % kWide;
+      T* out = inputs + c / edge * block + (c % edge - lane) * a.plan.tiles +
+               (tile - first) * Panels<T>{depth}.lanes(panel) + lane;
+      if (c + L <= depth)
+        input_lane<F, true>(here.input, c, L, out, position);
       else
-        input_lane<F, false>(pixel, c, a.conv.depth - c, out, position);
+        input_lane<F, false>(here.input, c, depth - c, out, position);
     }
-    tile_grads<F>(a, tile, grad);
-    for (int64_t k = 0; k < a.conv.width; k += L) {
-      T* out = grads + k / edge * kPositions<F> * position + row * edge + k % edge;
-      if (k + L <= a.conv.width)
-        grad_lane<F, true>(grad, k, L, out, position);
+    for (int64_t k = 0; k < width; k += L) {
+      if (k % kLine == 0)
+        for (int64_t q = 0; q < F::kOut * F::kOut; ++q) __builtin_prefetch(next.grad[q] + k);
+      T* out = grads + k / edge * block + (tile - first) * edge + k % edge;
+      if (k + L <= width)
+        grad_lane<F, true>(here.grad, k, L, out, position);
       else
-        grad_lane<F, false>(grad, k, a.conv.width - k, out, position);
+        grad_lane<F, false>(here.grad, k, width - k, out, position);
     }
   }
 }
 
-// Which channels a unit has.
-template <class F, class T = typename F::T>
+// A unit's first neuron and input channel, and how many of them it has.
+template <class T>
 struct WeightUnit {
-  int64_t edge, k, c, rows, cols;
-  WeightUnit(const WinogradWeightGrad<T>& a, int64_t unit) : edge(winograd_edge<F>(a.l2)) {
-    const int64_t depth_blocks = (a.conv.depth + edge - 1) / edge;
-    k = unit / depth_blocks * edge, c = unit % depth_blocks * edge;
-    rows = min(edge, a.conv.width - k), cols = min(edge, a.conv.depth - c);
+  int64_t k, c, rows, cols;
+  WeightUnit(const WinogradWeightGrad<T>& a, int64_t unit) {
+    const int64_t edge = a.plan.edge, depth_blocks = (a.conv.depth + edge - 1) / edge;
+    k = unit / depth_blocks * edge;
+    c = unit % depth_blocks * edge;
+    rows = min(edge, a.conv.width - k);
+    cols = min(edge, a.conv.depth - c);
   }
 };
 
-// Sums over the first `tiles` of the buffers for positions [begin, end) of a unit.
+// Sums of a unit over the first `tiles` of the buffers, for positions [begin, end).
 template <class F, class T = typename F::T>
 void winograd_weight_sums(const WinogradWeightGrad<T>& a, int64_t unit, int64_t begin, int64_t end,
                           int64_t tiles, const T* inputs, const T* grads, T* sums,
                           bool accumulate) {
   constexpr int64_t kWide = Panels<T>::kWide;
   const Panels<T> shape{a.conv.depth};
-  const WeightUnit<F> at(a, unit);
-  const int64_t rows = winograd_plan<F>(a).tiles, position = block_position(at.edge, rows);
+  const WeightUnit<T> at(a, unit);
+  const int64_t edge = a.plan.edge, position = block_position(edge, a.plan.tiles);
   const int64_t parts = (tiles + kSumTiles - 1) / kSumTiles;
   for (int64_t q = begin; q < end; ++q) {
-    const T* x = inputs + (at.c / at.edge * kPositions<F> + q) * position;
-    const T* g = grads + (at.k / at.edge * kPositions<F> + q) * position;
-    T* sum = sums + q * block_position(at.edge, at.edge);
+    const T* x = inputs + (at.c / edge * kPositions<F> + q) * position;
+    const T* g = grads + (at.k / edge * kPositions<F> + q) * position;
+    T* to = sums + q * block_position(edge, edge);
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t first = part * tiles / parts, last = (part + 1) * tiles / parts;
       for (int64_t c = 0; c < at.cols; c += kWide) {
         const int64_t lanes = shape.lanes((at.c + c) / kWide);
-        product<T, true>(at.rows, {g + first * at.edge, at.edge}, last - first,
-                         x + c * rows + first * lanes, lanes, sum + c, at.edge,
+        product<T, true>(at.rows, {g + first * edge, edge}, last - first,
+                         x + c * a.plan.tiles + first * lanes, lanes, to + c, edge,
                          accumulate || part > 0);
       }
     }
@@ -144,11 +151,11 @@ void winograd_weight_sums(const WinogradWeightGrad<T>& a, int64_t unit, int64_t 
 template <class F, class T = typename F::T>
 void winograd_weight_output(const WinogradWeightGrad<T>& a, int64_t unit, const T* sums) {
   constexpr int64_t L = VecOf<T>::lanes;
-  const WeightUnit<F> at(a, unit);
-  const int64_t position = block_position(at.edge, at.edge);
+  const WeightUnit<T> at(a, unit);
+  const int64_t edge = a.plan.edge, position = block_position(edge, edge);
   for (int64_t k = 0; k < at.rows; ++k)
     for (int64_t c = 0; c < at.cols; c += L) {
-      const T* from = sums + k * at.edge + c;
+      const T* from = sums + k * edge + c;
       Vec<T> m[F::kIn], half[3 * F::kIn], taps[9];
       for (int64_t j = 0; j < F::kIn; ++j) {
         for (int64_t i = 0; i < F::kIn; ++i) m[i] = load<T>(from + (i * F::kIn + j) * position);

@@ -109,13 +109,12 @@ void winograd_weight_grad(const Conv& conv, Algorithm algorithm, const T* g, int
   const std::unique_ptr<T[]> zeros(new T[std::max(conv.c, conv.k)]());
   a.conv.zeros = zeros.get();
   a.grad = g, a.grad_stride = g_stride, a.weight_grad = dw;
-  a.l2 = cpu::caches().l2;
   const int64_t tiles = kernels.tiles(a.conv);
   if (tiles == 0) {
     std::fill_n(dw, conv.k * conv.c * conv.taps(), T(0));
     return;
   }
-  const cpu::WinogradPlan plan = kernels.weight_plan(a);
+  const auto plan = a.plan = kernels.weight_plan(a.conv, cpu::caches().l2);
   const auto inputs = buffer<T>(plan.inputs), grads = buffer<T>(plan.grads);
   const auto transform = [&](int64_t first, int64_t last) {
     torch::stable::parallel_for(

@@ -26,10 +26,22 @@ Tensor even_taps(const Tensor& weight) {
   return even ? weight : torch::stable::contiguous(weight);
 }
 
-// The algorithm that a name stands for where an image of rows x cols is to be computed from `depth`
-// channels; fails where it cannot compute this convolution.
+// Where F(4x4, 3x3) was no slower, measured with one thread on AVX2: an image of rows x cols that
+// is computed from `depth` channels.
+bool image_in_tiles(const Conv& conv, int64_t rows, int64_t cols, int64_t depth) {
+  const int64_t tiles = conv.n * ((rows + 3) / 4) * ((cols + 3) / 4);
+  return depth >= 8 && tiles >= 8 && conv.n * rows * cols >= 10 * tiles;
+}
+
+// The same of a gradient of weights.
+bool weight_grad_in_tiles(const Conv& conv) {
+  return conv.oh * conv.ow >= 8 * ((conv.oh + 3) / 4) * ((conv.ow + 3) / 4);
+}
+
+// The algorithm that a name stands for, given whether "auto" is to be in Winograd's tiles; fails
+// where it cannot compute this convolution.
 Algorithm choose_algorithm(const char* op, const Conv& conv, const std::string& name,
-                           ScalarType type, int64_t rows, int64_t cols, int64_t depth) {
+                           ScalarType type, bool in_tiles) {
   MNP_CHECK(name == "auto" || name == "direct" || name == "winograd2" || name == "winograd4", op,
             ": algorithm must be 'auto', 'direct', 'winograd2' or 'winograd4', not '", name, "'");
   const auto both = [](const int64_t* v, int64_t value) { return v[0] == value && v[1] == value; };
@@ -41,11 +53,8 @@ Algorithm choose_algorithm(const char* op, const Conv& conv, const std::string& 
             conv.dilation[0], "x", conv.dilation[1], " and groups ", conv.groups);
   if (name == "winograd2") return Algorithm::winograd2;
   if (name == "winograd4") return Algorithm::winograd4;
-  // Where F(4x4, 3x3) was no slower, measured with one thread on AVX2.
-  const int64_t tiles = conv.n * ((rows + 3) / 4) * ((cols + 3) / 4);
-  const bool faster =
-      type == ScalarType::Float && depth >= 8 && tiles >= 8 && conv.n * rows * cols >= 10 * tiles;
-  return name == "auto" && possible && faster ? Algorithm::winograd4 : Algorithm::direct;
+  const bool faster = possible && type == ScalarType::Float && in_tiles;
+  return name == "auto" && faster ? Algorithm::winograd4 : Algorithm::direct;
 }
 
 }  // namespace
@@ -65,7 +74,8 @@ std::tuple<Tensor, Tensor> masked_conv2d(const Tensor& x, const Tensor& weight,
   const Tensor c = neuron_vector(op, "shift", shift, conv.k, 0, x, type);
   const Tensor b = neuron_vector(op, "bias", bias, conv.k, 0, x, type);
   const bool relu = parse_activation(op, activation);
-  const Algorithm chosen = choose_algorithm(op, conv, algorithm, type, conv.oh, conv.ow, conv.c);
+  const Algorithm chosen =
+      choose_algorithm(op, conv, algorithm, type, image_in_tiles(conv, conv.oh, conv.ow, conv.c));
 
   const Ints sizes{conv.n, conv.k, conv.oh, conv.ow};
   Tensor y = empty_image(sizes, type);
@@ -112,7 +122,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
   const Mask m(op, mask, conv.n, conv.k, x, type);
   const Tensor a = neuron_vector(op, "scale", scale, conv.k, 1, x, type);
   const Tensor c = neuron_vector(op, "shift", shift, conv.k, 0, x, type);
-  const Algorithm chosen = choose_algorithm(op, conv, algorithm, type, conv.h, conv.w, conv.k);
+  const Algorithm for_x =
+      choose_algorithm(op, conv, algorithm, type, image_in_tiles(conv, conv.h, conv.w, conv.k));
+  const Algorithm for_weight =
+      choose_algorithm(op, conv, algorithm, type, weight_grad_in_tiles(conv));
   MNP_CHECK(grad.dim() == 4 && grad.size(0) == conv.n && grad.size(1) == conv.k &&
                 grad.size(2) == conv.oh && grad.size(3) == conv.ow,
             op, ": grad must have the output's shape, not ", shape_of(grad));
@@ -156,17 +169,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
       const Tensor kernel = even_taps(as_type(weight, type));
       cpu::Epilogue<T> sum{};
       sum.residual = data_or_null<T>(more);
-      if (chosen == Algorithm::direct)
+      if (for_x == Algorithm::direct)
         direct_input_grad(conv, kernel, g.get(), g_stride, sum, mutable_data<T>(dx));
       else
-        winograd_input_grad(conv, chosen, kernel, g.get(), g_stride, sum, mutable_data<T>(dx));
+        winograd_input_grad(conv, for_x, kernel, g.get(), g_stride, sum, mutable_data<T>(dx));
     }
     if (need_weight) {
       const Tensor input = to_channels_last(x, type);
-      if (chosen == Algorithm::direct)
+      if (for_weight == Algorithm::direct)
         direct_weight_grad(conv, g.get(), g_stride, data<T>(input), mutable_data<T>(dw));
       else
-        winograd_weight_grad(conv, chosen, g.get(), g_stride, data<T>(input), mutable_data<T>(dw));
+        winograd_weight_grad(conv, for_weight, g.get(), g_stride, data<T>(input),
+                             mutable_data<T>(dw));
     }
   });
   return {need_x ? as_given(dx, x) : dx, need_weight ? as_type(dw, x.scalar_type()) : dw,

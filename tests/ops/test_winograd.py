@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from mnp_fast import _C
 from mnp_fast.ops import masked_conv2d
@@ -40,6 +41,7 @@ SHAPES = {
     "more tiles than neurons": Conv(5, 12, 18, 18, 20),
     "more neurons than tiles": Conv(1, 40, 5, 5, 130),
     "many blocks": Conv(7, 70, 21, 13, 50),
+    "sums of many tiles": Conv(5, 160, 16, 16, 150),
     "no samples": Conv(0, 3, 5, 5, 4),
 }
 # Layers of a ResNet-18 for 32x32 images.
@@ -91,6 +93,20 @@ def test_random_shapes(dtype, seed, algorithm):
 def test_error_at_the_layers_it_is_for(conv, name):
     """The documented bounds hold for sums of up to 4608 products, forward and backward."""
     compare(conv_inputs(conv, torch.float32), conv, "relu", ERRORS[name], name)
+
+
+@pytest.mark.parametrize("conv", LAYERS, ids=str)
+def test_error_of_weight_gradients(conv):
+    """The bounds hold for sums over a batch of 32, of up to 32768 products."""
+    x, grad = torch.randn(32, conv.c, conv.h, conv.w), torch.randn(32, conv.k, conv.h, conv.w)
+    weight = torch.randn(conv.k, conv.c, 3, 3, requires_grad=True)
+    exact = weight.detach().double().requires_grad_()
+    y = F.conv2d(x.double(), exact, padding=1)
+    (expected,) = torch.autograd.grad(y, exact, grad.double())
+    for name, bound in ERRORS.items():
+        y = masked_conv2d(x, weight, padding=1, algorithm=name)
+        (actual,) = torch.autograd.grad(y, weight, grad)
+        assert relative_error(actual, expected) <= bound, name
 
 
 @pytest.mark.parametrize("given", ["mask", "scale", "shift", "bias", "residual", None])
@@ -183,18 +199,22 @@ def test_a_sample_does_not_depend_on_its_neighbours(algorithm):
 
 def test_auto_follows_shape_and_dtype():
     def chosen(conv, dtype=torch.float32):
+        """For the output and for the gradient of the weights."""
         inputs = conv_inputs(conv, dtype)
-        results = {
-            name: masked_conv2d(**inputs, **conv.geometry, algorithm=name)
-            for name in ("auto", "direct", "winograd4")
-        }
-        assert not torch.equal(results["direct"], results["winograd4"])
-        return next(k for k in ("direct", "winograd4") if torch.equal(results[k], results["auto"]))
+        weight = inputs["weight"].requires_grad_()
+        results = {}
+        for name in ("auto", "direct", "winograd4"):
+            y = masked_conv2d(**inputs, **conv.geometry, algorithm=name)
+            results[name] = y, *torch.autograd.grad(y.sum(), weight)
+        for auto, direct, winograd in zip(*results.values(), strict=True):
+            assert not torch.equal(direct, winograd)
+            yield "direct" if torch.equal(auto, direct) else "winograd4"
+            assert torch.equal(auto, direct) or torch.equal(auto, winograd)
 
-    assert chosen(LAYERS[0]) == "winograd4"
-    assert chosen(LAYERS[0], torch.float64) == "direct"
-    assert chosen(SHAPES["fewer channels than lanes"]) == "direct"
-    assert chosen(SHAPES["one row"]) == "direct"
+    assert [*chosen(LAYERS[0])] == ["winograd4", "winograd4"]
+    assert [*chosen(LAYERS[0], torch.float64)] == ["direct", "direct"]
+    assert [*chosen(Conv(2, 3, 7, 7, 5))] == ["direct", "winograd4"]
+    assert [*chosen(SHAPES["one row"])] == ["direct", "direct"]
 
 
 @pytest.mark.parametrize("name", ["stride2", "dilated", "1x1", "grouped", "depthwise"])
