@@ -76,8 +76,9 @@ def masked_conv2d(
         `"winograd4"` (Winograd's F(4×4, 3×3), several times faster) or `"winograd2"` (F(2×2, 3×3),
         slower than that and as exact as the direct one). Relative errors in float32 are below
         1e-5 for `"winograd4"` and 1e-6 for the others; in Winograd's an infinity becomes a NaN and
-        reaches the outputs of its tile. `"auto"` chooses by the shape, and the direct one in
-        float64. Input gradients follow it.
+        reaches the outputs of its tile, or of weight gradients the filter's nine taps of a channel.
+        Gradients of input and weight are computed by it too. `"auto"` chooses for each of them by
+        the shape, and the direct one in float64.
 
     Returns
     -------
