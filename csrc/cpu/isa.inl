@@ -66,6 +66,7 @@ inline double sqrt(double x) { return __builtin_sqrt(x); }
 #include "neurons.h"
 #include "winograd_forms.h"
 #include "winograd.h"
+#include "winograd_weight.h"
 // clang-format on
 
 template <class F, class T = typename F::T>
@@ -73,6 +74,12 @@ constexpr WinogradKernels<T> make_winograd() {
   return {winograd_block<F>,        winograd_group_size<F>, winograd_pack<F>,
           winograd_tiles<F>,        winograd_input_size<F>, winograd_input<F>,
           winograd_product_size<F>, winograd_output<F>};
+}
+
+template <class F, class T = typename F::T>
+constexpr WinogradWeightKernels<T> make_winograd_weight() {
+  return {winograd_weight_plan<F>, winograd_weight_tiles<F>, winograd_weight_sums<F>,
+          winograd_weight_output<F>};
 }
 
 template <class T>
@@ -95,7 +102,10 @@ constexpr Kernels<T> make_kernels() {
           make_winograd<F2<T>>(),
           make_winograd<F4<T>>(),
           make_winograd<F4Stride2<T>>(),
-          make_winograd<F4Stride2Grad<T>>()};
+          make_winograd<F4Stride2Grad<T>>(),
+          make_winograd_weight<F2<T>>(),
+          make_winograd_weight<F4<T>>(),
+          make_winograd_weight<F4Stride2<T>>()};
 }
 
 }  // namespace

@@ -75,6 +75,23 @@ struct Winograd {
   const Epilogue<T>* epilogue;  // null: the convolution itself
 };
 
+// How the gradient of its weights is computed: `chunk` tiles are transformed at a time, and a unit
+// of work has the sums over them for `edge` neurons and `edge` input channels.
+struct WinogradWeightPlan {
+  int64_t tiles, chunk, units, edge;
+  int64_t inputs, grads;    // elements of a chunk's transformed tiles
+  int64_t sums, unit_size;  // matrices of a unit's sums, and their elements
+};
+
+template <class T>
+struct WinogradWeightGrad {
+  Winograd<T> conv;  // without output and epilogue; max(depth, width) zeros
+  WinogradWeightPlan plan;
+  const T* grad;  // NHWC, grad_stride elements from a pixel to the next
+  int64_t grad_stride;
+  T* weight_grad;  // [width][depth][3][3]
+};
+
 // dW[k][d][tap] = sum over output pixels of grad[p][k] * x[p at tap][d].
 template <class T>
 struct WeightGrad {
@@ -162,6 +179,20 @@ struct WinogradKernels {
 };
 
 template <class T>
+struct WinogradWeightKernels {
+  // For a second cache of l2 bytes.
+  WinogradWeightPlan (*plan)(const Winograd<T>&, int64_t l2);
+  // Transforms tiles [begin, end), of which the buffers' first is `first`.
+  void (*tiles)(const WinogradWeightGrad<T>&, int64_t begin, int64_t end, int64_t first, T* inputs,
+                T* grads);
+  // Sums [begin, end) of a unit, over the buffers' first `tiles`; added where `accumulate`.
+  void (*sums)(const WinogradWeightGrad<T>&, int64_t unit, int64_t begin, int64_t end,
+               int64_t tiles, const T* inputs, const T* grads, T* sums, bool accumulate);
+  // A unit's gradients from its sums.
+  void (*output)(const WinogradWeightGrad<T>&, int64_t unit, const T* sums);
+};
+
+template <class T>
 struct Kernels {
   // Elements that pack_panels writes for all panels of one group, and how many panels that are.
   int64_t (*panels_size)(int64_t taps, int64_t depth, int64_t width);
@@ -194,6 +225,7 @@ struct Kernels {
   // Groups of output channels that Winograd multiplies together.
   int64_t (*winograd_groups)(int64_t width);
   WinogradKernels<T> winograd2, winograd4, winograd4_stride2, winograd4_stride2_grad;
+  WinogradWeightKernels<T> winograd2_weight, winograd4_weight, winograd4_stride2_weight;
 };
 
 struct KernelTable {

@@ -1,5 +1,6 @@
 // One dimension of Winograd's convolutions: y = At((G w) * (Bt d)) computes kOut outputs from kIn
-// inputs with kPoints products. Included once per instruction set; see isa.inl and docs/kernels.md.
+// inputs with kPoints products, and the gradient of w is Gt((A dy) * (Bt d)). Included once per
+// instruction set; see isa.inl and docs/kernels.md.
 #pragma once
 
 // What forms of stride 1 share: each product has weights of its own, and tiles of inputs start
@@ -44,6 +45,24 @@ struct F4 : UnitStride<T, 6> {
     out[2 * out_step] = sum + T(0.25) * m[3] + T(4) * m[4];
     out[3 * out_step] = difference + T(0.125) * m[3] - T(8) * m[4] + m[5];
   }
+
+  static void output_transposed(const Vec<T>* y, Vec<T>* out) {
+    const Vec<T> even = y[0] + y[2], odd = y[1] + y[3];
+    out[0] = y[0];
+    out[1] = even + odd;
+    out[2] = even - odd;
+    out[3] = (y[0] + T(0.25) * y[2]) + (T(0.5) * y[1] + T(0.125) * y[3]);
+    out[4] = (y[0] + T(4) * y[2]) - (T(2) * y[1] + T(8) * y[3]);
+    out[5] = y[3];
+  }
+
+  static void weight_transposed(const Vec<T>* m, Vec<T>* out) {
+    const Vec<T> sum = (m[1] + m[2]) * T(1. / 3), difference = (m[1] - m[2]) * T(1. / 3);
+    const Vec<T> half = m[3] * T(-4. / 15), two = m[4] * T(1. / 15);
+    out[0] = m[0] + difference + (T(4) * half + two);
+    out[1] = sum + T(2) * (half - two);
+    out[2] = difference + (half + T(4) * two) + m[5];
+  }
 };
 
 // The points 0, 1, -1 and infinity.
@@ -67,6 +86,20 @@ struct F2 : UnitStride<T, 4> {
   static void output(const Vec<T>* m, Vec<T>* out, int64_t out_step) {
     out[0] = m[0] + m[1] + m[2];
     out[out_step] = m[1] - m[2] - m[3];
+  }
+
+  static void output_transposed(const Vec<T>* y, Vec<T>* out) {
+    out[0] = y[0];
+    out[1] = y[0] + y[1];
+    out[2] = y[0] - y[1];
+    out[3] = -y[1];
+  }
+
+  static void weight_transposed(const Vec<T>* m, Vec<T>* out) {
+    const Vec<T> sum = (m[1] + m[2]) * T(0.5);
+    out[0] = m[0] + sum;
+    out[1] = (m[1] - m[2]) * T(0.5);
+    out[2] = sum + m[3];
   }
 };
 
@@ -98,6 +131,15 @@ struct TwoTaps {
     out[2 * out_step] = sum + T(0.25) * m[3];
     out[3 * out_step] = (difference + m[4]) + T(0.125) * m[3];
   }
+
+  static void output_transposed(const Vec<T>* y, Vec<T>* out) {
+    const Vec<T> even = y[0] + y[2], odd = y[1] + y[3];
+    out[0] = y[0];
+    out[1] = even + odd;
+    out[2] = even - odd;
+    out[3] = (y[0] + T(0.25) * y[2]) + (T(0.5) * y[1] + T(0.125) * y[3]);
+    out[4] = y[3];
+  }
 };
 
 // Points 0 to 4 are those of the outer taps, points 5 to 8 products with the middle tap.
@@ -127,6 +169,18 @@ struct F4Stride2 : StrideTwo<T> {
   static void output(const Vec<T>* m, Vec<T>* out, int64_t out_step) {
     TwoTaps<T>::output(m, out, out_step);
     for (int64_t i = 0; i < 4; ++i) out[i * out_step] += m[5 + i];
+  }
+
+  static void output_transposed(const Vec<T>* y, Vec<T>* out) {
+    TwoTaps<T>::output_transposed(y, out);
+    for (int64_t i = 0; i < 4; ++i) out[5 + i] = y[i];
+  }
+
+  static void weight_transposed(const Vec<T>* m, Vec<T>* out) {
+    const Vec<T> one = m[1] * T(0.5), minus_one = m[2] * T(1. / 6), half = m[3] * T(4. / 3);
+    out[0] = m[0] + (one + minus_one) + T(2) * half;
+    out[1] = m[5];
+    out[2] = (one - minus_one) + half + m[4];
   }
 };
 

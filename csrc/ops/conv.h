@@ -70,6 +70,9 @@ void winograd_input_grad(const Conv& conv, Algorithm algorithm, const Tensor& we
 
 // The gradient of the weights, [K][C / groups][kh][kw].
 template <class T>
-void weight_grad(const Conv& conv, const T* g, int64_t g_stride, const T* x, T* dw);
+void direct_weight_grad(const Conv& conv, const T* g, int64_t g_stride, const T* x, T* dw);
+template <class T>
+void winograd_weight_grad(const Conv& conv, Algorithm algorithm, const T* g, int64_t g_stride,
+                          const T* x, T* dw);
 
 }  // namespace mnp::ops

@@ -136,7 +136,7 @@ void direct_input_grad(const Conv& conv, const Tensor& weight, const T* g, int64
 }
 
 template <class T>
-void weight_grad(const Conv& conv, const T* g, int64_t g_stride, const T* x, T* dw) {
+void direct_weight_grad(const Conv& conv, const T* g, int64_t g_stride, const T* x, T* dw) {
   const auto& kernels = cpu::kernels_of<T>();
   const Taps taps = forward_taps(conv);
   cpu::WeightGrad<T> a{};
@@ -163,11 +163,11 @@ template void direct_forward(const Conv&, const Tensor&, const float*, const cpu
                              float*);
 template void direct_input_grad(const Conv&, const Tensor&, const float*, int64_t,
                                 const cpu::Epilogue<float>&, float*);
-template void weight_grad(const Conv&, const float*, int64_t, const float*, float*);
+template void direct_weight_grad(const Conv&, const float*, int64_t, const float*, float*);
 template void direct_forward(const Conv&, const Tensor&, const double*,
                              const cpu::Epilogue<double>&, double*);
 template void direct_input_grad(const Conv&, const Tensor&, const double*, int64_t,
                                 const cpu::Epilogue<double>&, double*);
-template void weight_grad(const Conv&, const double*, int64_t, const double*, double*);
+template void direct_weight_grad(const Conv&, const double*, int64_t, const double*, double*);
 
 }  // namespace mnp::ops

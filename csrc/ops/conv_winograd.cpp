@@ -13,6 +13,17 @@ const cpu::WinogradKernels<T>& kernels_for(const Conv& conv, Algorithm algorithm
   return algorithm == Algorithm::winograd2 ? all.winograd2 : all.winograd4;
 }
 
+// The convolution without its output.
+template <class T>
+cpu::Winograd<T> problem(const Conv& conv, const T* x) {
+  cpu::Winograd<T> a{};
+  a.input = x;
+  a.batch = conv.n, a.in_h = conv.h, a.in_w = conv.w, a.in_stride = a.depth = conv.c;
+  a.padding_h = conv.padding[0], a.padding_w = conv.padding[1];
+  a.out_h = conv.oh, a.out_w = conv.ow, a.width = conv.k;
+  return a;
+}
+
 // Runs `a` with the convolution's weights, for a gradient of the input turned and transposed.
 template <class T>
 void run_winograd(cpu::Winograd<T>& a, const Conv& conv, Algorithm algorithm, const Tensor& weight,
@@ -71,12 +82,8 @@ void run_winograd(cpu::Winograd<T>& a, const Conv& conv, Algorithm algorithm, co
 template <class T>
 void winograd_forward(const Conv& conv, Algorithm algorithm, const Tensor& weight, const T* x,
                       const cpu::Epilogue<T>& epilogue, T* y) {
-  cpu::Winograd<T> a{};
-  a.input = x;
-  a.batch = conv.n, a.in_h = conv.h, a.in_w = conv.w, a.in_stride = a.depth = conv.c;
-  a.padding_h = conv.padding[0], a.padding_w = conv.padding[1];
+  cpu::Winograd<T> a = problem(conv, x);
   a.output = y;
-  a.out_h = conv.oh, a.out_w = conv.ow, a.width = conv.k;
   a.epilogue = &epilogue;
   run_winograd(a, conv, algorithm, weight, false);
 }
@@ -98,13 +105,75 @@ void winograd_input_grad(const Conv& conv, Algorithm algorithm, const Tensor& we
   run_winograd(a, conv, algorithm, weight, true);
 }
 
+template <class T>
+void winograd_weight_grad(const Conv& conv, Algorithm algorithm, const T* g, int64_t g_stride,
+                          const T* x, T* dw) {
+  const auto& all = cpu::kernels_of<T>();
+  const auto& kernels = conv.stride[0] == 2                 ? all.winograd4_stride2_weight
+                        : algorithm == Algorithm::winograd2 ? all.winograd2_weight
+                                                            : all.winograd4_weight;
+  cpu::WinogradWeightGrad<T> a{};
+  a.conv = problem(conv, x);
+  const std::unique_ptr<T[]> zeros(new T[std::max(conv.c, conv.k)]());
+  a.conv.zeros = zeros.get();
+  a.grad = g, a.grad_stride = g_stride, a.weight_grad = dw;
+  const auto plan = a.plan = kernels.plan(a.conv, cpu::caches().l2);
+  if (plan.tiles == 0) {
+    std::fill_n(dw, conv.k * conv.c * conv.taps(), T(0));
+    return;
+  }
+  const auto inputs = buffer<T>(plan.inputs), grads = buffer<T>(plan.grads);
+  const auto transform = [&](int64_t first, int64_t last) {
+    torch::stable::parallel_for(first, last, grain(16 * (conv.c + conv.k)),
+                                [&](int64_t begin, int64_t end) {
+                                  kernels.tiles(a, begin, end, first, inputs.get(), grads.get());
+                                });
+  };
+  const int64_t unit_cost = plan.chunk * plan.unit_size;
+  if (plan.chunk == plan.tiles) {
+    // All at once: a unit's sums become gradients while they are in cache.
+    transform(0, plan.tiles);
+    torch::stable::parallel_for(0, plan.units, grain(unit_cost), [&](int64_t begin, int64_t end) {
+      const auto sums = buffer<T>(plan.unit_size);
+      for (int64_t u = begin; u < end; ++u) {
+        kernels.sums(a, u, 0, plan.sums, plan.tiles, inputs.get(), grads.get(), sums.get(), false);
+        kernels.output(a, u, sums.get());
+      }
+    });
+    return;
+  }
+  const auto sums = buffer<T>(plan.units * plan.unit_size);
+  for (int64_t first = 0; first < plan.tiles; first += plan.chunk) {
+    const int64_t last = std::min(plan.tiles, first + plan.chunk);
+    transform(first, last);
+    torch::stable::parallel_for(
+        0, plan.units * plan.sums, grain(unit_cost / plan.sums), [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin, next; i < end; i = next) {
+            const int64_t unit = i / plan.sums, q = i % plan.sums;
+            next = std::min(end, (unit + 1) * plan.sums);
+            kernels.sums(a, unit, q, q + next - i, last - first, inputs.get(), grads.get(),
+                         sums.get() + unit * plan.unit_size, first > 0);
+          }
+        });
+  }
+  torch::stable::parallel_for(0, plan.units, grain(plan.unit_size),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t u = begin; u < end; ++u)
+                                  kernels.output(a, u, sums.get() + u * plan.unit_size);
+                              });
+}
+
 template void winograd_forward(const Conv&, Algorithm, const Tensor&, const float*,
                                const cpu::Epilogue<float>&, float*);
 template void winograd_input_grad(const Conv&, Algorithm, const Tensor&, const float*, int64_t,
                                   const cpu::Epilogue<float>&, float*);
+template void winograd_weight_grad(const Conv&, Algorithm, const float*, int64_t, const float*,
+                                   float*);
 template void winograd_forward(const Conv&, Algorithm, const Tensor&, const double*,
                                const cpu::Epilogue<double>&, double*);
 template void winograd_input_grad(const Conv&, Algorithm, const Tensor&, const double*, int64_t,
                                   const cpu::Epilogue<double>&, double*);
+template void winograd_weight_grad(const Conv&, Algorithm, const double*, int64_t, const double*,
+                                   double*);
 
 }  // namespace mnp::ops

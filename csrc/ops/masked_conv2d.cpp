@@ -27,10 +27,12 @@ Tensor even_taps(const Tensor& weight) {
 
 bool both(const int64_t* values, int64_t value) { return values[0] == value && values[1] == value; }
 
-// The algorithm that a name stands for, for the output or for the gradient of the input; fails
-// where it cannot compute this convolution.
+enum class Result { output, input_grad, weight_grad };
+
+// The algorithm that a name stands for; fails where it cannot compute this convolution.
 Algorithm choose_algorithm(const char* op, const Conv& conv, const std::string& name,
-                           ScalarType type, bool backward) {
+                           ScalarType type, Result result) {
+  const bool backward = result == Result::input_grad;
   MNP_CHECK(name == "auto" || name == "direct" || name == "winograd2" || name == "winograd4", op,
             ": algorithm must be 'auto', 'direct', 'winograd2' or 'winograd4', not '", name, "'");
   const bool wide = both(conv.stride, 2);
@@ -41,7 +43,7 @@ Algorithm choose_algorithm(const char* op, const Conv& conv, const std::string& 
             ", dilation 1 and groups 1, not ", conv.kh, "x", conv.kw, ", stride ", conv.stride[0],
             "x", conv.stride[1], ", dilation ", conv.dilation[0], "x", conv.dilation[1],
             " and groups ", conv.groups);
-  // Only odd paddings have gradients by Winograd with stride 2.
+  // Only odd paddings have gradients of the input by Winograd with stride 2.
   const bool even = conv.padding[0] % 2 == 0 || conv.padding[1] % 2 == 0;
   if (!possible || name == "direct" || (backward && wide && even)) return Algorithm::direct;
   if (name == "winograd2") return Algorithm::winograd2;
@@ -50,8 +52,11 @@ Algorithm choose_algorithm(const char* op, const Conv& conv, const std::string& 
   const int64_t rows = backward ? conv.h : conv.oh, cols = backward ? conv.w : conv.ow;
   const int64_t depth = backward ? conv.k : conv.c, edge = backward && wide ? 8 : 4;
   const int64_t tiles = conv.n * ((rows + edge - 1) / edge) * ((cols + edge - 1) / edge);
-  const bool full = conv.n * rows * cols * 16 >= 10 * tiles * edge * edge;
-  const bool faster = type == ScalarType::Float && depth >= 8 && tiles >= 8 && full;
+  // Gradients of weights gain from fewer channels and tiles.
+  const bool easy = result == Result::weight_grad && !wide;
+  const bool full = conv.n * rows * cols * 16 >= (easy ? 8 : 10) * tiles * edge * edge;
+  const bool large = easy || (depth >= 8 && tiles >= 8);
+  const bool faster = type == ScalarType::Float && large && full;
   return faster ? Algorithm::winograd4 : Algorithm::direct;
 }
 
@@ -77,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_forward(
   const Tensor c = neuron_vector(op, "shift", shift, conv.k, 0, x, type);
   const Tensor b = neuron_vector(op, "bias", bias, conv.k, 0, x, type);
   const bool relu = parse_activation(op, activation);
-  const Algorithm chosen = choose_algorithm(op, conv, algorithm, type, false);
+  const Algorithm chosen = choose_algorithm(op, conv, algorithm, type, Result::output);
 
   const Ints sizes{conv.n, conv.k, conv.oh, conv.ow};
   Tensor y = empty_image(sizes, type);
@@ -137,7 +142,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_backward(
   const Mask m(op, mask, conv.n, conv.k, grad, type);
   const Tensor a = neuron_vector(op, "scale", scale, conv.k, 1, grad, type);
   const Tensor c = neuron_vector(op, "shift", shift, conv.k, 0, grad, type);
-  const Algorithm chosen = choose_algorithm(op, conv, algorithm, type, true);
+  const Algorithm for_x = choose_algorithm(op, conv, algorithm, type, Result::input_grad);
+  const Algorithm for_weight = choose_algorithm(op, conv, algorithm, type, Result::weight_grad);
   const Ints out_sizes{conv.n, conv.k, conv.oh, conv.ow};
   MNP_CHECK(sizes_of(grad) == out_sizes, op, ": grad must have the output's shape ",
             shape_of(out_sizes), ", not ", shape_of(grad));
@@ -184,14 +190,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_backward(
       const Tensor kernel = even_taps(as_type(weight, type));
       cpu::Epilogue<T> sum{};
       sum.residual = data_or_null<T>(more);
-      if (chosen == Algorithm::direct)
+      if (for_x == Algorithm::direct)
         direct_input_grad(conv, kernel, g.get(), g_stride, sum, mutable_data<T>(dx));
       else
-        winograd_input_grad(conv, chosen, kernel, g.get(), g_stride, sum, mutable_data<T>(dx));
+        winograd_input_grad(conv, for_x, kernel, g.get(), g_stride, sum, mutable_data<T>(dx));
     }
     if (need_weight) {
       const Tensor input = to_channels_last(*x, type);
-      weight_grad(conv, g.get(), g_stride, data<T>(input), mutable_data<T>(dw));
+      if (for_weight == Algorithm::direct)
+        direct_weight_grad(conv, g.get(), g_stride, data<T>(input), mutable_data<T>(dw));
+      else
+        winograd_weight_grad(conv, for_weight, g.get(), g_stride, data<T>(input),
+                             mutable_data<T>(dw));
     }
   });
   return {as_type(dx, grad.scalar_type()), as_type(dw, grad.scalar_type()),

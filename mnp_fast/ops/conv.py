@@ -77,8 +77,10 @@ def masked_conv2d(
         (Winograd's F(4×4, 3×3), stride 1 or 2, several times faster) or `"winograd2"` (F(2×2, 3×3),
         stride 1, slower than that and as exact as the direct one). Relative errors in float32 are
         below 1e-5 for `"winograd4"` and 1e-6 for the others; in Winograd's an infinity becomes a
-        NaN and reaches the outputs of its tile. `"auto"` chooses by the shape, and the direct one
-        in float64. Input gradients follow it, but with stride 2 and an even padding are direct.
+        NaN and reaches the outputs of its tile, or of weight gradients the filter's nine taps of a
+        channel. Gradients of input and weight are computed by it too, but that of the input with
+        stride 2 and an even padding is direct. `"auto"` chooses for each of them by the shape, and
+        the direct one in float64.
 
     Returns
     -------

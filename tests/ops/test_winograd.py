@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from mnp_fast import _C
 from mnp_fast.ops import masked_conv2d
@@ -41,6 +42,7 @@ SHAPES = {
     "more tiles than neurons": Conv(5, 12, 18, 18, 20),
     "more neurons than tiles": Conv(1, 40, 5, 5, 130),
     "many blocks": Conv(7, 70, 21, 13, 50),
+    "sums of many tiles": Conv(5, 160, 16, 16, 150),
     "no samples": Conv(0, 3, 5, 5, 4),
 }
 STRIDE_2 = {
@@ -141,6 +143,22 @@ def test_random_shapes(dtype, seed, algorithm):
 def test_error_at_the_layers_it_is_for(name, conv):
     """The documented bounds hold for sums of up to 4608 products, forward and backward."""
     compare(conv_inputs(conv, torch.float32), conv, "relu", ERRORS[name], name)
+
+
+@pytest.mark.parametrize("conv", LAYERS + STRIDE_2_LAYERS, ids=str)
+def test_error_of_weight_gradients(conv):
+    """The bounds hold for sums over a batch of 32, of up to 32768 products."""
+    weight = torch.randn(conv.k, conv.c, 3, 3, requires_grad=True)
+    exact = weight.detach().double().requires_grad_()
+    x = torch.randn(32, conv.c, conv.h, conv.w)
+    y = F.conv2d(x.double(), exact, stride=conv.stride, padding=conv.padding)
+    grad = torch.randn(y.shape)
+    (expected,) = torch.autograd.grad(y, exact, grad.double())
+    for name, bound in ERRORS.items():
+        if name != "winograd2" or conv.stride == (1, 1):
+            y = masked_conv2d(x, weight, **conv.geometry, algorithm=name)
+            (actual,) = torch.autograd.grad(y, weight, grad)
+            assert relative_error(actual, expected) <= bound, name
 
 
 @each_odd_case
@@ -256,20 +274,24 @@ def test_a_sample_does_not_depend_on_its_neighbours(conv, algorithm):
 
 def test_auto_follows_shape_and_dtype():
     def chosen(conv, dtype=torch.float32):
+        """For the output and for the gradient of the weights."""
         inputs = conv_inputs(conv, dtype)
-        results = {
-            name: masked_conv2d(**inputs, **conv.geometry, algorithm=name)
-            for name in ("auto", "direct", "winograd4")
-        }
-        assert not torch.equal(results["direct"], results["winograd4"])
-        return next(k for k in ("direct", "winograd4") if torch.equal(results[k], results["auto"]))
+        weight = inputs["weight"].requires_grad_()
+        results = {}
+        for name in ("auto", "direct", "winograd4"):
+            y = masked_conv2d(**inputs, **conv.geometry, algorithm=name)
+            results[name] = y, *torch.autograd.grad(y.sum(), weight)
+        for auto, direct, winograd in zip(*results.values(), strict=True):
+            assert not torch.equal(direct, winograd)
+            yield "direct" if torch.equal(auto, direct) else "winograd4"
+            assert torch.equal(auto, direct) or torch.equal(auto, winograd)
 
-    assert chosen(LAYERS[0]) == "winograd4"
-    assert chosen(STRIDE_2_LAYERS[0]) == "winograd4"
-    assert chosen(STRIDE_2["stride 2, one channel"]) == "direct"
-    assert chosen(LAYERS[0], torch.float64) == "direct"
-    assert chosen(SHAPES["fewer channels than lanes"]) == "direct"
-    assert chosen(SHAPES["one row"]) == "direct"
+    assert [*chosen(LAYERS[0])] == ["winograd4", "winograd4"]
+    assert [*chosen(STRIDE_2_LAYERS[0])] == ["winograd4", "winograd4"]
+    assert [*chosen(STRIDE_2["stride 2, one channel"])] == ["direct", "direct"]
+    assert [*chosen(LAYERS[0], torch.float64)] == ["direct", "direct"]
+    assert [*chosen(Conv(2, 3, 7, 7, 5))] == ["direct", "winograd4"]
+    assert [*chosen(SHAPES["one row"])] == ["direct", "direct"]
 
 
 @pytest.mark.parametrize(
