@@ -2,6 +2,7 @@
 
 #include "conv.h"
 #include "image.h"
+#include "living.h"
 
 namespace mnp::ops {
 namespace {
@@ -82,8 +83,16 @@ std::tuple<Tensor, Tensor> masked_conv2d(const Tensor& x, const Tensor& weight,
   }
   const Tensor input = to_channels_last(x, type);
   const Tensor kernel = even_taps(as_type(weight, type));
+  const Living living(conv, m, chosen);
   with_type(type, [&](auto zero) {
     using T = decltype(zero);
+    const auto convolve = [&](const Conv& part, const Tensor& filters,
+                              const cpu::Epilogue<T>& epilogue, T* out) {
+      if (chosen == Algorithm::direct)
+        direct_forward(part, filters, data<T>(input), epilogue, out);
+      else
+        winograd_forward(part, chosen, filters, data<T>(input), epilogue, out);
+    };
     const cpu::Epilogue<T> epilogue{data<T>(m.values),
                                     m.stride,
                                     data<T>(a),
@@ -92,10 +101,11 @@ std::tuple<Tensor, Tensor> masked_conv2d(const Tensor& x, const Tensor& weight,
                                     data_or_null<T>(r),
                                     keep_u ? mutable_data<T>(u) : nullptr,
                                     relu};
-    if (chosen == Algorithm::direct)
-      direct_forward(conv, kernel, data<T>(input), epilogue, mutable_data<T>(y));
-    else
-      winograd_forward(conv, chosen, kernel, data<T>(input), epilogue, mutable_data<T>(y));
+    // Where u is kept, the gradients of masks at 0 need it too.
+    if (keep_u || living.all()) return convolve(conv, kernel, epilogue, mutable_data<T>(y));
+    const auto part = buffer<T>(conv.n * conv.oh * conv.ow * living.conv.k);
+    if (living.conv.k > 0) convolve(living.conv, living.filters(kernel), {}, part.get());
+    living.expand(part.get(), epilogue, mutable_data<T>(y));
   });
   return {as_given(y, x), u};
 }
@@ -113,6 +123,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
   const Tensor a = neuron_vector(op, "scale", scale, conv.k, 1, x, type);
   const Tensor c = neuron_vector(op, "shift", shift, conv.k, 0, x, type);
   const Algorithm chosen = choose_algorithm(op, conv, algorithm, type, conv.h, conv.w, conv.k);
+  const Living living(conv, m, chosen);
   MNP_CHECK(grad.dim() == 4 && grad.size(0) == conv.n && grad.size(1) == conv.k &&
                 grad.size(2) == conv.oh && grad.size(3) == conv.ow,
             op, ": grad must have the output's shape, not ", shape_of(grad));
@@ -152,18 +163,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
     e.g = g.get(), e.g_stride = g_stride;
     e.sums = need_sums ? mutable_data<T>(sums) : nullptr;
     run_epilogue_grad(e);
+    if (g) living.compact(g.get(), g_stride);
     if (need_x) {
-      const Tensor kernel = even_taps(as_type(weight, type));
+      const Tensor kernel = living.filters(even_taps(as_type(weight, type)));
       cpu::Epilogue<T> sum{};
       sum.residual = data_or_null<T>(more);
-      if (chosen == Algorithm::direct)
-        direct_input_grad(conv, kernel, g.get(), g_stride, sum, mutable_data<T>(dx));
+      if (chosen == Algorithm::direct || living.conv.k == 0)
+        direct_input_grad(living.conv, kernel, g.get(), g_stride, sum, mutable_data<T>(dx));
       else
-        winograd_input_grad(conv, chosen, kernel, g.get(), g_stride, sum, mutable_data<T>(dx));
+        winograd_input_grad(living.conv, chosen, kernel, g.get(), g_stride, sum,
+                            mutable_data<T>(dx));
     }
     if (need_weight) {
       const Tensor input = to_channels_last(x, type);
-      weight_grad(conv, g.get(), g_stride, data<T>(input), mutable_data<T>(dw));
+      weight_grad(living.conv, g.get(), g_stride, data<T>(input), mutable_data<T>(dw));
+      living.expand_filters(mutable_data<T>(dw));
     }
   });
   return {need_x ? as_given(dx, x) : dx, need_weight ? as_type(dw, x.scalar_type()) : dw,
