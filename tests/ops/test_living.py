@@ -18,7 +18,6 @@ from .cases import (
 from .test_conv import compare
 
 
-
 @pytest.fixture(autouse=True)
 def _one_thread():
     """The problems are small: torch's threads would spend the time waiting for each other."""
