@@ -60,6 +60,7 @@ inline double sqrt(double x) { return __builtin_sqrt(x); }
 #include "pack.h"
 #include "epilogue.h"
 #include "direct.h"
+#include "living.h"
 #include "depthwise.h"
 #include "weight_grad.h"
 #include "magnitude.h"
@@ -96,6 +97,8 @@ constexpr Kernels<T> make_kernels() {
           weight_grad<T>,
           skewed<T>,
           epilogue_forward<T>,
+          expand_scratch<T>,
+          expand_neurons<T>,
           epilogue_grad<T>,
           mask_update<T>,
           winograd_groups<T>,

@@ -116,6 +116,17 @@ struct NeuronLayout {
   bool channels_last;
 };
 
+// The epilogue of images whose u is given for some neurons and is 0 for the others.
+template <class T>
+struct ExpandNeurons {
+  NeuronLayout layout;    // channels last
+  const int64_t* living;  // [count] the given ones
+  int64_t count;
+  const T* u;  // [batch * inner][count]
+  const Epilogue<T>* epilogue;
+  T* output;
+};
+
 // dz = dy * act'(z); g = dz * mask * scale; and per sample and neuron, summed over `inner`:
 // sums[0] = dz, sums[1] = dz * (scale * u + shift), sums[2] = dz * u. Any output may be null.
 template <class T>
@@ -217,6 +228,9 @@ struct Kernels {
   // Rows [begin, end): batch * inner of channels_last layouts, batch * neurons of others.
   void (*epilogue_forward)(const NeuronLayout&, const Epilogue<T>&, const T* u, T* y, int64_t begin,
                            int64_t end);
+  // Elements of scratch that one expand_neurons call needs, and pixels [begin, end).
+  int64_t (*expand_scratch)(int64_t neurons);
+  void (*expand_neurons)(const ExpandNeurons<T>&, int64_t begin, int64_t end, T* scratch);
   // Samples [begin, end) for neurons [first, last).
   void (*epilogue_grad)(const EpilogueGrad<T>&, int64_t begin, int64_t end, int64_t first,
                         int64_t last);

