@@ -27,7 +27,7 @@ def cases(quick: bool) -> Iterator[Case]:
 
 
 def inference(width: int, size: int, batch: int, quick: bool, percent: int = 0) -> Case:
-    """Our wrapped and unwrapped network beside the given one in plain torch.
+    """Our wrapped network beside the unwrapped one in plain torch.
 
     So many percent of each layer's neurons, drawn at random, have a mask of 0.
     """
@@ -46,7 +46,6 @@ def inference(width: int, size: int, batch: int, quick: bool, percent: int = 0) 
             "torch, channels-last": partial(logits, last, x_last),
             "torch, channels-last, folded": partial(logits, best, x_last),
             OURS: partial(logits, masked, x),
-            f"{OURS}, unwrapped": partial(logits, model, x),
         },
         logits(exact, x.double()),
         limit=1e-4,
