@@ -6,7 +6,7 @@
 namespace mnp::ops {
 namespace {
 
-// Which taps a gather uses, and where they read.
+// Which taps a convolution uses, and where they read.
 struct Taps {
   std::vector<int64_t> index, h, w;
 };
@@ -37,46 +37,34 @@ Taps phase_taps(const Conv& conv, int64_t phase_h, int64_t phase_w) {
   return taps;
 }
 
-// Packs the weights of all groups; `transposed` swaps the roles of input and output channels.
+// Packs the weights; `transposed` swaps the roles of input and output channels.
 template <class T>
 Buffer<T> pack(const Conv& conv, const Tensor& weight, const Taps& taps, bool transposed) {
   const auto& kernels = cpu::kernels_of<T>();
   const int64_t stride_k = weight.stride(0), stride_c = weight.stride(1);
   cpu::PackPanels<T> a{};
   a.source = data<T>(weight);
+  a.stride_g = conv.group_out() * stride_k;
   a.stride_j = transposed ? stride_c : stride_k;
   a.stride_q = conv.kw > 1 ? weight.stride(3) : weight.stride(2);
   a.stride_d = transposed ? stride_k : stride_c;
   a.tap_index = taps.index.data();
   a.taps = static_cast<int64_t>(taps.index.size());
+  a.groups = conv.groups;
   a.depth = transposed ? conv.group_out() : conv.group_in();
   a.width = transposed ? conv.group_in() : conv.group_out();
-  if (conv.is_depthwise()) {
-    auto panels = buffer<T>(a.taps * conv.groups);
-    for (int64_t q = 0; q < a.taps; ++q)
-      for (int64_t g = 0; g < conv.groups; ++g)
-        panels[q * conv.groups + g] = a.source[g * stride_k + a.tap_index[q] * a.stride_q];
-    return panels;
-  }
-  const int64_t parts = kernels.panels_count(a.width);
-  const int64_t size = kernels.panels_size(a.taps, a.depth, a.width);
-  auto panels = buffer<T>(conv.groups * size);
-  torch::stable::parallel_for(0, conv.groups * parts, grain(size / std::max<int64_t>(1, parts)),
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t i = begin; i < end; ++i) {
-                                  const int64_t g = i / parts, p = i % parts;
-                                  cpu::PackPanels<T> group = a;
-                                  group.source += g * conv.group_out() * stride_k;
-                                  kernels.pack_panels(group, p, p + 1, panels.get() + g * size);
-                                }
-                              });
-  return panels;
+  const int64_t size = kernels.panels_size(a), panels = kernels.panels_count(a);
+  auto packed = buffer<T>(size);
+  torch::stable::parallel_for(0, panels, grain(size / panels), [&](int64_t begin, int64_t end) {
+    kernels.pack_panels(a, begin, end, packed.get());
+  });
+  return packed;
 }
 
 template <class T>
-void run_gather(cpu::GatherGemm<T>& a, const Conv& conv, const Taps& taps) {
+void run(cpu::Direct<T>& a, const Conv& conv, const Taps& taps) {
   const auto& kernels = cpu::kernels_of<T>();
-  a.taps = static_cast<int64_t>(taps.index.size());
+  a.taps = static_cast<int64_t>(taps.h.size());
   a.tap_h = taps.h.data();
   a.tap_w = taps.w.data();
   a.groups = conv.groups;
@@ -84,9 +72,8 @@ void run_gather(cpu::GatherGemm<T>& a, const Conv& conv, const Taps& taps) {
   torch::stable::parallel_for(0, conv.n * a.rows * a.cols,
                               grain(a.taps * a.depth * a.width * a.groups),
                               [&](int64_t begin, int64_t end) {
-                                if (conv.is_depthwise()) return kernels.depthwise(a, begin, end);
-                                const auto scratch = buffer<T>(kernels.gather_scratch(a));
-                                kernels.gather_gemm(a, begin, end, scratch.get());
+                                const auto scratch = buffer<char>(kernels.direct_scratch(a));
+                                kernels.direct(a, begin, end, scratch.get());
                               });
 }
 
@@ -97,7 +84,7 @@ void direct_forward(const Conv& conv, const Tensor& weight, const T* x,
                     const cpu::Epilogue<T>& epilogue, T* y) {
   const Taps taps = forward_taps(conv);
   const auto panels = pack<T>(conv, weight, taps, false);
-  cpu::GatherGemm<T> a{};
+  cpu::Direct<T> a{};
   a.input = x;
   a.in_h = conv.h, a.in_w = conv.w, a.in_stride = conv.c;
   a.depth = conv.group_in(), a.width = conv.group_out();
@@ -107,7 +94,7 @@ void direct_forward(const Conv& conv, const Tensor& weight, const T* x,
   a.output = y;
   a.out_step_h = a.out_step_w = 1;
   a.epilogue = &epilogue;
-  run_gather(a, conv, taps);
+  run(a, conv, taps);
 }
 
 template <class T>
@@ -117,7 +104,7 @@ void direct_input_grad(const Conv& conv, const Tensor& weight, const T* g, int64
     for (int64_t phase_w = 0; phase_w < std::min(conv.stride[1], conv.w); ++phase_w) {
       const Taps taps = phase_taps(conv, phase_h, phase_w);
       const auto panels = pack<T>(conv, weight, taps, true);
-      cpu::GatherGemm<T> a{};
+      cpu::Direct<T> a{};
       a.input = g;
       a.in_h = conv.oh, a.in_w = conv.ow, a.in_stride = g_stride;
       a.depth = conv.group_out(), a.width = conv.group_in();
@@ -130,7 +117,7 @@ void direct_input_grad(const Conv& conv, const Tensor& weight, const T* g, int64
       a.out_step_h = conv.stride[0], a.out_step_w = conv.stride[1];
       a.out_origin_h = phase_h, a.out_origin_w = phase_w;
       a.epilogue = &epilogue;
-      run_gather(a, conv, taps);
+      run(a, conv, taps);
     }
 }
 
