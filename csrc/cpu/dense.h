@@ -27,7 +27,7 @@ void pack_dense(const PackPanels<T>& a, int64_t begin, int64_t end, T* panels) {
 // and how many pixels' inputs and outputs stay in the second.
 template <class T>
 struct DirectBlocks {
-  int64_t taps, depth, parts, pixels;
+  int64_t taps, depth, parts, pixels, block;
   explicit DirectBlocks(const Direct<T>& a) {
     const int64_t size = sizeof(T), most = max<int64_t>(64, a.l1 / (Panels<T>::kWide * size));
     const auto even = [](int64_t total, int64_t limit) {
@@ -40,6 +40,9 @@ struct DirectBlocks {
     const int64_t read = min(a.taps, a.step_h * a.step_w) * depth + Panels<T>{a.width}.padded();
     const int64_t rows = a.l2 / 2 / (read * size + a.taps * int64_t(sizeof(T*))) / kRows;
     pixels = kRows * min(64, max<int64_t>(4, rows));
+    // All panels pass over so many pixels before the next ones.
+    const int64_t panels = Panels<T>{a.width}.padded() * taps * depth * size;
+    block = panels <= a.l1 / 2 ? kRows : pixels;
   }
 };
 
@@ -63,6 +66,8 @@ template <class T, int R, int V>
   Vec<T> acc[R][V];
   for (int i = 0; i < R; ++i)
     for (int v = 0; v < V; ++v) acc[i][v] = Vec<T>{};
+  if (part.is_last)
+    for (int i = 0; i < R; ++i) __builtin_prefetch(a.output + places[i].element + first, 1);
   const T* panel = part.panel;
   const int64_t next = part.taps * part.depth * V * L;
   for (int64_t q = 0; q < part.taps; ++q) {
@@ -81,12 +86,14 @@ template <class T, int R, int V>
     }
   }
   // Sums of parts have smaller rounding errors than one long sum.
+  T* const sums = part.sums;
+  const int64_t stride = part.sums_stride;
   if (!part.is_first)
     for (int i = 0; i < R; ++i)
-      for (int v = 0; v < V; ++v) acc[i][v] += load<T>(part.sums + i * part.sums_stride + v * L);
+      for (int v = 0; v < V; ++v) acc[i][v] += load<T>(sums + i * stride + v * L);
   if (part.is_last) return write_tile(a, places, first, used, acc);
   for (int i = 0; i < R; ++i)
-    for (int v = 0; v < V; ++v) store<T>(part.sums + i * part.sums_stride + v * L, acc[i][v]);
+    for (int v = 0; v < V; ++v) store<T>(sums + i * stride + v * L, acc[i][v]);
 }
 
 template <class T, int V, int R = kRows>
@@ -115,7 +122,7 @@ void dense(const Direct<T>& a, int64_t begin, int64_t end, char* memory) {
   const int64_t total = a.taps * a.depth, sums_stride = skewed<T>(shape.padded());
   const DirectScratch<T> scratch(a, cut.pixels, memory);
   for (int64_t chunk = begin; chunk < end; chunk += cut.pixels) {
-    const int64_t pixels = min(cut.pixels, end - chunk), blocks = (pixels + kRows - 1) / kRows;
+    const int64_t pixels = min(cut.pixels, end - chunk);
     find_pixels(a, chunk, pixels, scratch);
     for (int64_t group = 0; group < a.groups; ++group) {
       const T* panels = a.panels + group * shape.padded() * total;
@@ -126,20 +133,24 @@ void dense(const Direct<T>& a, int64_t begin, int64_t end, char* memory) {
         part.offset = group * a.depth + d;
         part.sums_stride = sums_stride;
         part.is_first = index == 0, part.is_last = index + 1 == cut.parts;
-        for (int64_t p = 0; p < shape.count(); ++p) {
-          const int64_t lanes = shape.lanes(p), used = shape.used(p), first = group * a.width + p * W;
-          part.panel = panels + p * W * total + (q * a.depth + d) * lanes;
-          // Blocks of nearly equal height: a short last one could not hide the latency.
-          for (int64_t b = 0, s = 0; b < blocks; ++b) {
-            const int64_t next = (b + 1) * pixels / blocks;
-            part.reads = scratch.reads + q * pixels + s;
-            part.sums = scratch.sums + s * sums_stride + p * W;
-            const Place* places = scratch.places + s;
-            if (lanes == W)
-              direct_rows<T, 2>(next - s, a, part, places, first, used);
-            else
-              direct_rows<T, 1>(next - s, a, part, places, first, used);
-            s = next;
+        for (int64_t begin = 0; begin < pixels; begin += cut.block) {
+          const int64_t count = min(cut.block, pixels - begin), tiles = (count + kRows - 1) / kRows;
+          for (int64_t p = 0; p < shape.count(); ++p) {
+            const int64_t lanes = shape.lanes(p), used = shape.used(p);
+            const int64_t first = group * a.width + p * W;
+            part.panel = panels + p * W * total + (q * a.depth + d) * lanes;
+            // Tiles of nearly equal height: a short last one could not hide the latency.
+            for (int64_t t = 0, s = begin; t < tiles; ++t) {
+              const int64_t next = begin + (t + 1) * count / tiles;
+              part.reads = scratch.reads + q * pixels + s;
+              part.sums = scratch.sums + s * sums_stride + p * W;
+              const Place* places = scratch.places + s;
+              if (lanes == W)
+                direct_rows<T, 2>(next - s, a, part, places, first, used);
+              else
+                direct_rows<T, 1>(next - s, a, part, places, first, used);
+              s = next;
+            }
           }
         }
         d += cut.depth;

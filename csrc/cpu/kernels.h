@@ -52,7 +52,7 @@ struct Direct {
   int64_t out_h, out_w;                // output image; grid pixel (i, j) is at
   int64_t out_step_h, out_step_w;      // (out_origin_h + i * out_step_h,
   int64_t out_origin_h, out_origin_w;  //  out_origin_w + j * out_step_w)
-  const Epilogue<T>* epilogue;         // null: the product itself
+  const Epilogue<T>* epilogue;         // never null
   int64_t l1, l2;                      // bytes of the first and second cache
 };
 

@@ -41,6 +41,7 @@ template <class T, int W, int R, int V, bool Whole>
   Vec<T> acc[R][V];
   for (int i = 0; i < R; ++i)
     for (int v = 0; v < V; ++v) acc[i][v] = Vec<T>{};
+  for (int i = 0; i < R; ++i) __builtin_prefetch(a.output + places[i].element + first, 1);
   const T* panel = a.panels + first * a.taps * W;
   const int64_t next = a.taps * W * L;
   for (int64_t q = 0; q < a.taps; ++q, reads += pixels, panel += W * L)
@@ -56,6 +57,19 @@ template <class T, int W, int R, int V, bool Whole>
         }
     }
   write_tile(a, places, first, (V - 1) * L + used, acc);
+}
+
+// All channels of R pixels.
+template <class T, int W, int R>
+inline void narrow_pixel_tile(const Direct<T>& a, const T* const* reads, int64_t pixels,
+                              const Place* places) {
+  constexpr int64_t L = VecOf<T>::lanes;
+  const int64_t channels = a.groups * W;
+  int64_t c = 0;
+  for (; c + 2 * L <= channels; c += 2 * L)
+    narrow_tile<T, W, R, 2, true>(a, reads, pixels, places, c, L);
+  for (; c < channels; c += L)
+    narrow_tile<T, W, R, 1, false>(a, reads, pixels, places, c, min(L, channels - c));
 }
 
 template <class T>
@@ -74,22 +88,15 @@ void narrow(const Direct<T>& a, int64_t begin, int64_t end, char* memory) {
   constexpr int64_t L = VecOf<T>::lanes;
   if constexpr (2 * W < L)
     if (a.width != W) return narrow<T, 2 * W>(a, begin, end, memory);
-  const int64_t most = narrow_pixels(a), channels = a.groups * W;
+  const int64_t most = narrow_pixels(a);
   const DirectScratch<T> scratch(a, most, memory);
   for (int64_t chunk = begin; chunk < end; chunk += most) {
     const int64_t pixels = min(most, end - chunk);
     find_pixels(a, chunk, pixels, scratch);
-    const auto all = [&](auto tiles, auto tile, int64_t c, int64_t used) {
-      int64_t s = 0;
-      for (; s + kRows <= pixels; s += kRows)
-        tiles(a, scratch.reads + s, pixels, scratch.places + s, c, used);
-      for (; s < pixels; ++s) tile(a, scratch.reads + s, pixels, scratch.places + s, c, used);
-    };
-    int64_t c = 0;
-    for (; c + 2 * L <= channels; c += 2 * L)
-      all(narrow_tile<T, W, kRows, 2, true>, narrow_tile<T, W, 1, 2, true>, c, L);
-    for (; c < channels; c += L)
-      all(narrow_tile<T, W, kRows, 1, false>, narrow_tile<T, W, 1, 1, false>, c,
-          min(L, channels - c));
+    int64_t s = 0;
+    for (; s + kRows <= pixels; s += kRows)
+      narrow_pixel_tile<T, W, kRows>(a, scratch.reads + s, pixels, scratch.places + s);
+    for (; s < pixels; ++s)
+      narrow_pixel_tile<T, W, 1>(a, scratch.reads + s, pixels, scratch.places + s);
   }
 }

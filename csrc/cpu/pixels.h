@@ -86,15 +86,34 @@ inline void find_pixels(const Direct<T>& a, int64_t begin, int64_t pixels,
 // Neurons [first, first + used) of R pixels, whose u is given.
 template <class T, int R, int V>
 inline void write_tile(const Direct<T>& a, const Place* places, int64_t first, int64_t used,
-                       const Vec<T> (&u)[R][V]) {
+                       Vec<T> (&u)[R][V]) {
   constexpr int L = VecOf<T>::lanes;
-  for (int v = 0; v < V; ++v) {
-    const int64_t neuron = first + v * L, count = min(L, used - v * L);
-    OutputLane<T> lane(a.epilogue, places[0].sample, neuron, count);
-    for (int i = 0; i < R; ++i) {
-      if (i > 0 && places[i].sample != places[i - 1].sample)
-        lane = OutputLane<T>(a.epilogue, places[i].sample, neuron, count);
-      lane.write(a.output, places[i].element + neuron, u[i][v]);
-    }
+  const Epilogue<T>& e = *a.epilogue;
+  if (used < V * L) {
+    for (int v = 0; v < V; ++v)
+      for (int i = 0; i < R; ++i)
+        OutputLane<T>(&e, places[i].sample, first + v * L, min(L, used - v * L))
+            .write(a.output, places[i].element + first + v * L, u[i][v]);
+    return;
   }
+  // Loops over the tile are innermost and unrolled: it stays in registers.
+  const auto each = [&](auto change) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v)
+        u[i][v] = change(u[i][v], places[i].element + first + v * L, i, first + v * L);
+  };
+  if (e.u) each([&](Vec<T> x, int64_t at, int, int64_t) { return store<T>(e.u + at, x), x; });
+  if (e.mask)
+    each([&](Vec<T> x, int64_t, int i, int64_t neuron) {
+      const T* mask = e.mask + places[i].sample * e.mask_stride;
+      const Vec<T> t = load<T>(e.scale + neuron) * x + load<T>(e.shift + neuron);
+      return load<T>(mask + neuron) * t + load<T>(e.bias + neuron);
+    });
+  if (e.residual)
+    each([&](Vec<T> x, int64_t at, int, int64_t) { return x + load<T>(e.residual + at); });
+  if (e.relu)
+    each([](Vec<T> x, int64_t, int, int64_t) { return x < T(0) ? Vec<T>{} : x; });
+  each([&](Vec<T> x, int64_t at, int, int64_t) { return store<T>(a.output + at, x), x; });
 }

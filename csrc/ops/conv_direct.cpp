@@ -22,6 +22,39 @@ Taps forward_taps(const Conv& conv) {
   return taps;
 }
 
+// One for each row of the kernel, in a padded image.
+Taps row_taps(const Conv& conv) {
+  Taps taps;
+  for (int64_t i = 0; i < conv.kh; ++i) {
+    taps.h.push_back(i * conv.dilation[0]);
+    taps.w.push_back(0);
+  }
+  return taps;
+}
+
+// The images with zeros around them.
+template <class T>
+Buffer<T> pad(const Conv& conv, const T* x) {
+  const int64_t h = conv.h + 2 * conv.padding[0], w = conv.w + 2 * conv.padding[1];
+  const int64_t left = conv.padding[1] * conv.c, row = conv.w * conv.c;
+  auto padded = buffer<T>(conv.n * h * w * conv.c);
+  torch::stable::parallel_for(
+      0, conv.n * h, grain(w * conv.c), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          T* to = padded.get() + i * w * conv.c;
+          const int64_t from = i % h - conv.padding[0];
+          if (from < 0 || from >= conv.h) {
+            std::fill_n(to, w * conv.c, T(0));
+            continue;
+          }
+          std::fill_n(to, left, T(0));
+          std::copy_n(x + (i / h * conv.h + from) * row, row, to + left);
+          std::fill_n(to + left + row, left, T(0));
+        }
+      });
+  return padded;
+}
+
 // Input pixels with row % stride = phase meet only the taps whose output row is whole.
 Taps phase_taps(const Conv& conv, int64_t phase_h, int64_t phase_w) {
   Taps taps;
@@ -79,10 +112,13 @@ void run(cpu::Direct<T>& a, const Conv& conv, const Taps& taps) {
 
 }  // namespace
 
+// Below so many channels a tap is too short a run: a kernel's whole rows are read at a time.
+constexpr int64_t kFewChannels = 16;
+
 template <class T>
 void direct_forward(const Conv& conv, const Tensor& weight, const T* x,
                     const cpu::Epilogue<T>& epilogue, T* y) {
-  const Taps taps = forward_taps(conv);
+  Taps taps = forward_taps(conv);
   const auto panels = pack<T>(conv, weight, taps, false);
   cpu::Direct<T> a{};
   a.input = x;
@@ -94,6 +130,14 @@ void direct_forward(const Conv& conv, const Tensor& weight, const T* x,
   a.output = y;
   a.out_step_h = a.out_step_w = 1;
   a.epilogue = &epilogue;
+  Buffer<T> padded;
+  if (conv.groups == 1 && conv.c < kFewChannels && conv.kw > 1 && conv.dilation[1] == 1) {
+    padded = pad(conv, x);
+    a.input = padded.get();
+    a.in_h += 2 * conv.padding[0], a.in_w += 2 * conv.padding[1];
+    a.depth *= conv.kw;
+    taps = row_taps(conv);
+  }
   run(a, conv, taps);
 }
 
