@@ -66,8 +66,11 @@ template <class T, int R, int V>
   Vec<T> acc[R][V];
   for (int i = 0; i < R; ++i)
     for (int v = 0; v < V; ++v) acc[i][v] = Vec<T>{};
+  // What the next tile writes and reads, if it lies behind this one.
   if (part.is_last)
-    for (int i = 0; i < R; ++i) __builtin_prefetch(a.output + places[i].element + first, 1);
+    for (int i = 0; i < R; ++i)
+      __builtin_prefetch(a.output + places[i].element + R * a.out_step_w * a.groups * a.width + first, 1);
+  const int64_t ahead = a.step_w == 1 ? R * a.in_stride : 0;
   const T* panel = part.panel;
   const int64_t next = part.taps * part.depth * V * L;
   for (int64_t q = 0; q < part.taps; ++q) {
@@ -80,6 +83,7 @@ template <class T, int R, int V>
       // The next panel, which lies behind this one.
       for (int v = 0; v < V * L * int(sizeof(T)); v += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(panel + next) + v, 0, 2);
+      __builtin_prefetch(rows[0] + ahead + d * R);
       panel += V * L;
       for (int i = 0; i < R; ++i)
         for (int v = 0; v < V; ++v) acc[i][v] += b[v] * rows[i][d];

@@ -41,7 +41,12 @@ template <class T, int W, int R, int V, bool Whole>
   Vec<T> acc[R][V];
   for (int i = 0; i < R; ++i)
     for (int v = 0; v < V; ++v) acc[i][v] = Vec<T>{};
-  for (int i = 0; i < R; ++i) __builtin_prefetch(a.output + places[i].element + first, 1);
+  // What the next tile writes, and what it is first to read, if it lies behind this one.
+  const int64_t written = R * a.out_step_w * a.groups * W, read = R * a.step_w * a.in_stride;
+  for (int i = 0; i < R; ++i) {
+    __builtin_prefetch(a.output + places[i].element + written + first, 1);
+    if (a.taps > 0) __builtin_prefetch(reads[(a.taps - 1) * pixels + i] + read + first);
+  }
   const T* panel = a.panels + first * a.taps * W;
   const int64_t next = a.taps * W * L;
   for (int64_t q = 0; q < a.taps; ++q, reads += pixels, panel += W * L)

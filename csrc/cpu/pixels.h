@@ -100,7 +100,7 @@ inline void write_tile(const Direct<T>& a, const Place* places, int64_t first, i
   const auto each = [&](auto change) __attribute__((always_inline)) {
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int v = 0; v < V; ++v)
         u[i][v] = change(u[i][v], places[i].element + first + v * L, i, first + v * L);
   };
