@@ -72,7 +72,6 @@ template <class T, int R, int V>
       __builtin_prefetch(a.output + places[i].element + R * a.out_step_w * a.groups * a.width + first, 1);
   const int64_t ahead = a.step_w == 1 ? R * a.in_stride : 0;
   const T* panel = part.panel;
-  const int64_t next = part.taps * part.depth * V * L;
   for (int64_t q = 0; q < part.taps; ++q) {
     const T* rows[R];
     for (int i = 0; i < R; ++i) rows[i] = part.reads[q * part.pixels + i] + part.offset;
@@ -80,9 +79,6 @@ template <class T, int R, int V>
     for (int64_t d = 0; d < part.depth; ++d) {
       Vec<T> b[V];
       for (int v = 0; v < V; ++v) b[v] = load<T>(panel + v * L);
-      // The next panel, which lies behind this one.
-      for (int v = 0; v < V * L * int(sizeof(T)); v += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(panel + next) + v, 0, 2);
       __builtin_prefetch(rows[0] + ahead + d * R);
       panel += V * L;
       for (int i = 0; i < R; ++i)
