@@ -24,11 +24,12 @@ void pack_dense(const PackPanels<T>& a, int64_t begin, int64_t end, T* panels) {
 }
 
 // How a product over taps * depth elements is cut so that a panel's part stays in the first cache,
-// and how many pixels' inputs and outputs stay in the second.
+// and how many pixels' inputs and outputs stay in the second; of these, all panels pass over a
+// block before the next one.
 template <class T>
-struct DirectBlocks {
+struct DenseBlocks {
   int64_t taps, depth, parts, pixels, block;
-  explicit DirectBlocks(const Direct<T>& a) {
+  explicit DenseBlocks(const Direct<T>& a) {
     const int64_t size = sizeof(T), most = max<int64_t>(64, a.l1 / (Panels<T>::kWide * size));
     const auto even = [](int64_t total, int64_t limit) {
       const int64_t count = max<int64_t>(1, (total + limit - 1) / limit);
@@ -40,7 +41,6 @@ struct DirectBlocks {
     const int64_t read = min(a.taps, a.step_h * a.step_w) * depth + Panels<T>{a.width}.padded();
     const int64_t rows = a.l2 / 2 / (read * size + a.taps * int64_t(sizeof(T*))) / kRows;
     pixels = kRows * min(64, max<int64_t>(4, rows));
-    // All panels pass over so many pixels before the next ones.
     const int64_t panels = Panels<T>{a.width}.padded() * taps * depth * size;
     block = panels <= a.l1 / 2 ? kRows : pixels;
   }
@@ -48,7 +48,7 @@ struct DirectBlocks {
 
 // The part of a product that a tile computes.
 template <class T>
-struct DirectPart {
+struct DensePart {
   const T* const* reads;  // of the first tap and pixel
   int64_t pixels;         // from one tap's reads to the next
   int64_t taps, offset, depth;
@@ -60,8 +60,8 @@ struct DirectPart {
 
 // R pixels times a panel of V vectors.
 template <class T, int R, int V>
-[[gnu::noinline]] void direct_tile(const Direct<T>& a, const DirectPart<T>& part,
-                                   const Place* places, int64_t first, int64_t used) {
+[[gnu::noinline]] void dense_tile(const Direct<T>& a, const DensePart<T>& part, const Place* places,
+                                  int64_t first, int64_t used) {
   constexpr int L = VecOf<T>::lanes;
   Vec<T> acc[R][V];
   for (int i = 0; i < R; ++i)
@@ -69,7 +69,8 @@ template <class T, int R, int V>
   // What the next tile writes and reads, if it lies behind this one.
   if (part.is_last)
     for (int i = 0; i < R; ++i)
-      __builtin_prefetch(a.output + places[i].element + R * a.out_step_w * a.groups * a.width + first, 1);
+      __builtin_prefetch(
+          a.output + places[i].element + R * a.out_step_w * a.groups * a.width + first, 1);
   const int64_t ahead = a.step_w == 1 ? R * a.in_stride : 0;
   const T* panel = part.panel;
   for (int64_t q = 0; q < part.taps; ++q) {
@@ -97,19 +98,19 @@ template <class T, int R, int V>
 }
 
 template <class T, int V, int R = kRows>
-inline void direct_rows(int64_t count, const Direct<T>& a, const DirectPart<T>& part,
-                        const Place* places, int64_t first, int64_t used) {
+inline void dense_rows(int64_t count, const Direct<T>& a, const DensePart<T>& part,
+                       const Place* places, int64_t first, int64_t used) {
   if constexpr (R > 0) {
     if (count == R)
-      direct_tile<T, R, V>(a, part, places, first, used);
+      dense_tile<T, R, V>(a, part, places, first, used);
     else
-      direct_rows<T, V, R - 1>(count, a, part, places, first, used);
+      dense_rows<T, V, R - 1>(count, a, part, places, first, used);
   }
 }
 
 template <class T>
 int64_t dense_scratch(const Direct<T>& a) {
-  const DirectBlocks<T> cut(a);
+  const DenseBlocks<T> cut(a);
   const int64_t sums = cut.parts > 1 ? skewed<T>(Panels<T>{a.width}.padded()) : 0;
   return DirectScratch<T>::bytes(a, cut.pixels, cut.pixels * sums);
 }
@@ -118,7 +119,7 @@ template <class T>
 void dense(const Direct<T>& a, int64_t begin, int64_t end, char* memory) {
   constexpr int64_t W = Panels<T>::kWide;
   const Panels<T> shape{a.width};
-  const DirectBlocks<T> cut(a);
+  const DenseBlocks<T> cut(a);
   const int64_t total = a.taps * a.depth, sums_stride = skewed<T>(shape.padded());
   const DirectScratch<T> scratch(a, cut.pixels, memory);
   for (int64_t chunk = begin; chunk < end; chunk += cut.pixels) {
@@ -127,7 +128,7 @@ void dense(const Direct<T>& a, int64_t begin, int64_t end, char* memory) {
     for (int64_t group = 0; group < a.groups; ++group) {
       const T* panels = a.panels + group * shape.padded() * total;
       for (int64_t index = 0, q = 0, d = 0; index < cut.parts; ++index) {
-        DirectPart<T> part{};
+        DensePart<T> part{};
         part.pixels = pixels;
         part.taps = min(cut.taps, a.taps - q), part.depth = min(cut.depth, a.depth - d);
         part.offset = group * a.depth + d;
@@ -146,9 +147,9 @@ void dense(const Direct<T>& a, int64_t begin, int64_t end, char* memory) {
               part.sums = scratch.sums + s * sums_stride + p * W;
               const Place* places = scratch.places + s;
               if (lanes == W)
-                direct_rows<T, 2>(next - s, a, part, places, first, used);
+                dense_rows<T, 2>(next - s, a, part, places, first, used);
               else
-                direct_rows<T, 1>(next - s, a, part, places, first, used);
+                dense_rows<T, 1>(next - s, a, part, places, first, used);
               s = next;
             }
           }

@@ -5,8 +5,8 @@ template <class T>
 int64_t panels_size(const PackPanels<T>& a) {
   constexpr int64_t L = VecOf<T>::lanes;
   const bool narrow = is_narrow<T>(a.groups, a.depth, a.width);
-  const int64_t outputs = narrow ? (a.groups * a.width + L - 1) / L * L
-                                 : a.groups * Panels<T>{a.width}.padded();
+  const int64_t outputs =
+      narrow ? (a.groups * a.width + L - 1) / L * L : a.groups * Panels<T>{a.width}.padded();
   return outputs * a.taps * a.depth;
 }
 

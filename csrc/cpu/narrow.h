@@ -1,5 +1,5 @@
-// Convolution in groups so narrow that a vector holds whole ones; depthwise are those of one channel.
-// Included once per instruction set; see isa.inl.
+// Convolution in groups so narrow that a vector holds whole ones; depthwise are those of one
+// channel. Included once per instruction set; see isa.inl.
 #pragma once
 
 // Whether a vector holds several groups of as many channels in as out.

@@ -113,7 +113,6 @@ inline void write_tile(const Direct<T>& a, const Place* places, int64_t first, i
     });
   if (e.residual)
     each([&](Vec<T> x, int64_t at, int, int64_t) { return x + load<T>(e.residual + at); });
-  if (e.relu)
-    each([](Vec<T> x, int64_t, int, int64_t) { return x < T(0) ? Vec<T>{} : x; });
+  if (e.relu) each([](Vec<T> x, int64_t, int, int64_t) { return x < T(0) ? Vec<T>{} : x; });
   each([&](Vec<T> x, int64_t at, int, int64_t) { return store<T>(a.output + at, x), x; });
 }

@@ -38,20 +38,19 @@ Buffer<T> pad(const Conv& conv, const T* x) {
   const int64_t h = conv.h + 2 * conv.padding[0], w = conv.w + 2 * conv.padding[1];
   const int64_t left = conv.padding[1] * conv.c, row = conv.w * conv.c;
   auto padded = buffer<T>(conv.n * h * w * conv.c);
-  torch::stable::parallel_for(
-      0, conv.n * h, grain(w * conv.c), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          T* to = padded.get() + i * w * conv.c;
-          const int64_t from = i % h - conv.padding[0];
-          if (from < 0 || from >= conv.h) {
-            std::fill_n(to, w * conv.c, T(0));
-            continue;
-          }
-          std::fill_n(to, left, T(0));
-          std::copy_n(x + (i / h * conv.h + from) * row, row, to + left);
-          std::fill_n(to + left + row, left, T(0));
-        }
-      });
+  torch::stable::parallel_for(0, conv.n * h, grain(w * conv.c), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      T* to = padded.get() + i * w * conv.c;
+      const int64_t from = i % h - conv.padding[0];
+      if (from < 0 || from >= conv.h) {
+        std::fill_n(to, w * conv.c, T(0));
+        continue;
+      }
+      std::fill_n(to, left, T(0));
+      std::copy_n(x + (i / h * conv.h + from) * row, row, to + left);
+      std::fill_n(to + left + row, left, T(0));
+    }
+  });
   return padded;
 }
 
