@@ -23,13 +23,14 @@ LAST = torch.channels_last
 
 @dataclass(frozen=True)
 class Shape:
-    """A square convolution layer of a residual network."""
+    """A convolution layer with a square kernel and a square image."""
 
     channels: int
     neurons: int
     size: int
     kernel: int = 3
     stride: int = 1
+    groups: int = 1
 
     @property
     def padding(self) -> int:
@@ -37,6 +38,8 @@ class Shape:
 
     def __str__(self) -> str:
         kind = f"{self.kernel}x{self.kernel}" + (f" stride {self.stride}" * (self.stride > 1))
+        if self.groups > 1:
+            kind += " depthwise" if self.groups == self.channels else f" in {self.groups} groups"
         return f"{kind}, {self.channels} to {self.neurons}, {self.size}x{self.size}"
 
 
@@ -51,11 +54,19 @@ OTHERS = (
     Shape(256, 512, 8, kernel=1, stride=2),
     Shape(256, 64, 32, kernel=1),
     Shape(64, 256, 32, kernel=1),
+    Shape(64, 64, 16, kernel=5),
+    Shape(64, 64, 32, groups=16),
+    Shape(128, 128, 32, groups=32),
+    Shape(256, 256, 16, groups=32),
+    Shape(512, 512, 8, groups=32),
+    Shape(128, 128, 32, groups=128),
+    Shape(256, 256, 16, stride=2, groups=256),
 )
+STEM = Shape(3, 64, 224, kernel=7, stride=2)
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """All layers at batch 32, and the square ones at 128."""
+    """All layers at batch 32, the square ones at 128 too, and a network's two ends."""
     if quick:
         yield from Layer(Shape(16, 16, 8), 16).cases(quick)
         return
@@ -63,6 +74,8 @@ def cases(quick: bool) -> Iterator[Case]:
         yield from Layer(shape, 32).cases(quick)
     for shape in SQUARE:
         yield from Layer(shape, 128).cases(quick)
+    yield from Layer(STEM, 4).cases(quick)
+    yield from Linear(512, 1000, 128).cases(quick)
 
 
 @contextmanager
@@ -82,17 +95,40 @@ class Layer:
         self.shape, self.name = shape, f"{shape}, batch {batch}"
         self.generator = torch.Generator().manual_seed(0)
         self.x = self.random(batch, shape.channels, shape.size, shape.size)
-        weight = self.random(shape.neurons, shape.channels, shape.kernel, shape.kernel)
+        depth = shape.channels // shape.groups
+        weight = self.random(shape.neurons, depth, shape.kernel, shape.kernel)
         self.weight = weight / weight[0].numel() ** 0.5
         self.mask = self.random(shape.neurons).sigmoid()
         self.scale = self.random(shape.neurons).exp()
         self.shift, self.bias = self.random(shape.neurons), self.random(shape.neurons)
         self.geometry = (shape.stride,) * 2, (shape.padding,) * 2, (1, 1)
-        self.options: dict[str, Any] = {"stride": shape.stride, "padding": shape.padding}
+        self.options: dict[str, Any] = {
+            "stride": shape.stride,
+            "padding": shape.padding,
+            "groups": shape.groups,
+        }
         self.grad = self.random(*output_size(self.x.shape, self.weight.shape, *self.geometry))
         self.operations = 2 * self.grad.numel() * self.weight[0].numel()
-        is_square = shape.kernel == 3 and shape.stride == 1
+        is_square = shape.kernel == 3 and shape.stride == 1 and shape.groups == 1
         self.algorithms = ("auto", "winograd2", "direct") if is_square else ("auto",)
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """What torch does forward."""
+        return F.conv2d(x, weight, bias, **self.options)
+
+    def input_grad(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """What torch does backward."""
+        return torch.ops.aten.convolution_backward(
+            grad,
+            x,
+            weight,
+            None,
+            *map(list, self.geometry),
+            False,
+            [0, 0],
+            self.shape.groups,
+            [True, False, False],
+        )[0]
 
     def random(self, *sizes: int) -> Tensor:
         return torch.randn(sizes, generator=self.generator)
@@ -107,25 +143,25 @@ class Layer:
     def exact_t(self) -> Tensor:
         """What is masked, in float64; the scale is folded into the weight."""
         weight = self.weight.double() * self.scale.double()[:, None, None, None]
-        return F.conv2d(self.x.double(), weight, self.shift.double(), **self.options)
+        return self.convolve(self.x.double(), weight, self.shift.double())
 
     def forward(self, exact: Tensor) -> Case:
         """Plain torch has norm and mask folded into the weight, or apart behind it."""
         gain = (self.mask * self.scale)[:, None, None]
         whole, offset = self.weight * gain[..., None], self.mask * self.shift + self.bias
-        x, options = self.x.contiguous(memory_format=LAST), self.options
+        x = self.x.contiguous(memory_format=LAST)
         packed, packed_whole = (w.contiguous(memory_format=LAST) for w in (self.weight, whole))
         vectors = self.mask, self.scale, self.shift, self.bias
 
         def fold(x: Tensor, weight: Tensor) -> Tensors:
-            return (F.conv2d(x, weight, offset, **options).relu_(),)
+            return (self.convolve(x, weight, offset).relu_(),)
 
         def apart(x: Tensor, weight: Tensor) -> Tensors:
-            u = F.conv2d(x, weight, **options)
+            u = self.convolve(x, weight)
             return (u.mul_(gain).add_(offset[:, None, None]).relu_(),)
 
         def ours(algorithm: str) -> Tensors:
-            given: dict[str, Any] = {**options, "algorithm": algorithm}
+            given: dict[str, Any] = {**self.options, "algorithm": algorithm}
             return (masked_conv2d(x, self.weight, *vectors, activation="relu", **given),)
 
         case = Case(
@@ -155,7 +191,7 @@ class Layer:
 
         with no_onednn():
             chosen = torch._C._select_conv_backend(
-                self.x, weight, None, *self.geometry, False, (0, 0), 1
+                self.x, weight, None, *self.geometry, False, (0, 0), self.shape.groups
             )
         if chosen.name.startswith("Nnpack"):
             case.functions["NNPACK, contiguous, folded"] = without
@@ -168,30 +204,19 @@ class Layer:
         plain = [self.grad, self.x, self.weight, exact.float(), exact_t.float()]
         last = [tensor.contiguous(memory_format=LAST) for tensor in plain]
         grad, x, packed, y, _ = last
-        u = F.conv2d(x, packed, **self.options)
-        geometry = self.geometry
+        u = self.convolve(x, packed)
 
         def torch_grads(
             gain: Tensor, dy: Tensor, x: Tensor, weight: Tensor, y: Tensor, t: Tensor
         ) -> Tensors:
             dz = dy * (y > 0)
-            dx = torch.ops.aten.convolution_backward(
-                dz * gain,
-                x,
-                weight,
-                None,
-                *map(list, geometry),
-                False,
-                [0, 0],
-                1,
-                [True, False, False],
-            )[0]
-            return (dz * t).sum((0, 2, 3)), dx
+            return (dz * t).sum((0, 2, 3)), self.input_grad(dz * gain, x, weight)
 
         def ours(algorithm: str) -> Tensors:
             vectors, needs = (self.mask, self.scale, self.shift), (True, False, False, True)
+            geometry = *self.geometry, self.shape.groups
             dx, _, _, sums = torch.ops.mnp_fast.masked_conv2d_backward(
-                grad, x, self.weight, y, u, *vectors, *geometry, 1, *needs, algorithm
+                grad, x, self.weight, y, u, *vectors, *geometry, *needs, algorithm
             )
             return sums[1].sum(0), dx
 
@@ -214,3 +239,17 @@ class Layer:
             case.functions[f"{OURS} {algorithm}"] = partial(ours, algorithm)
         case.work = dict.fromkeys(case.functions, float(self.operations))
         return case
+
+
+class Linear(Layer):
+    """The same of a linear layer, which is a 1x1 convolution of images of one pixel."""
+
+    def __init__(self, channels: int, neurons: int, batch: int) -> None:
+        super().__init__(Shape(channels, neurons, 1, kernel=1), batch)
+        self.name = f"linear, {channels} to {neurons}, batch {batch}"
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x.flatten(1), weight.flatten(1), bias)[:, :, None, None]
+
+    def input_grad(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return (grad.flatten(1) @ weight.flatten(1))[:, :, None, None]

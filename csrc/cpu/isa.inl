@@ -59,9 +59,11 @@ inline double sqrt(double x) { return __builtin_sqrt(x); }
 #include "product.h"
 #include "pack.h"
 #include "epilogue.h"
+#include "pixels.h"
+#include "dense.h"
+#include "narrow.h"
 #include "direct.h"
 #include "living.h"
-#include "depthwise.h"
 #include "weight_grad.h"
 #include "magnitude.h"
 #include "neurons.h"
@@ -88,9 +90,8 @@ constexpr Kernels<T> make_kernels() {
   return {panels_size<T>,
           panels_count<T>,
           pack_panels<T>,
-          gather_scratch<T>,
-          gather_gemm<T>,
-          depthwise<T>,
+          direct_scratch<T>,
+          direct<T>,
           depthwise_weight_grad<T>,
           weight_grad_units<T>,
           weight_grad_scratch<T>,

@@ -30,26 +30,27 @@ struct Weights {
   int64_t taps;
 };
 
-// Weights of a group as a matrix product reads them: panels of [tap][depth][lanes] outputs.
+// Weights as a convolution reads them: panels of [tap][depth][lanes] outputs.
 template <class T>
 struct PackPanels {
-  Weights<T> weights;
+  Weights<T> weights;    // of the first group
+  int64_t stride_g;      // from a group's weights to the next group's
   const int64_t* place;  // [weights.taps] a tap's place in the panels, or -1 where it is left out
   int64_t taps;          // in the panels
-  int64_t depth, width;
+  int64_t groups, depth, width;
 };
 
-// Output pixels of a convolution as a matrix product whose rows are gathered from the input:
-// out[p][j] = sum over taps q and channels d of input[p * step + tap q][d] * panel[q][d][j].
+// Output pixels of a convolution: out[p][j] = sum over taps q and channels d of
+// input[p * step + tap q][d] * panel[q][d][j].
 // A forward pass is one of these; a gradient of the input is one for each phase of the stride.
 template <class T>
-struct GatherGemm {
+struct Direct {
   const T* input;  // NHWC, in_stride elements from a pixel to the next
   int64_t in_h, in_w, in_stride;
   int64_t groups;
   int64_t depth;    // input channels of a group
   int64_t width;    // output channels of a group
-  const T* panels;  // pack_panels of every group, one after the other
+  const T* panels;  // pack_panels
   int64_t taps;
   const int64_t* tap_h;  // [taps] input row of a tap, relative to step_h * output row
   const int64_t* tap_w;
@@ -59,7 +60,7 @@ struct GatherGemm {
   int64_t out_h, out_w;                // output image; grid pixel (i, j) is at
   int64_t out_step_h, out_step_w;      // (out_origin_h + i * out_step_h,
   int64_t out_origin_h, out_origin_w;  //  out_origin_w + j * out_step_w)
-  const Epilogue<T>* epilogue;         // null: the product itself
+  const Epilogue<T>* epilogue;         // never null
   int64_t l1, l2;                      // bytes of the first and second cache
 };
 
@@ -205,17 +206,15 @@ struct WinogradWeightKernels {
 
 template <class T>
 struct Kernels {
-  // Elements that pack_panels writes for all panels of one group, and how many panels that are.
-  int64_t (*panels_size)(int64_t taps, int64_t depth, int64_t width);
-  int64_t (*panels_count)(int64_t width);
+  // Elements that pack_panels writes, and how many panels that are.
+  int64_t (*panels_size)(const PackPanels<T>&);
+  int64_t (*panels_count)(const PackPanels<T>&);
   // Panels [begin, end) of `panels`.
   void (*pack_panels)(const PackPanels<T>&, int64_t begin, int64_t end, T* panels);
-  // Elements of scratch that one gather_gemm call needs.
-  int64_t (*gather_scratch)(const GatherGemm<T>&);
+  // Bytes of scratch that one direct call needs.
+  int64_t (*direct_scratch)(const Direct<T>&);
   // Grid pixels [begin, end) of batch * rows * cols.
-  void (*gather_gemm)(const GatherGemm<T>&, int64_t begin, int64_t end, T* scratch);
-  // The same where depth and width are 1; the panels are [taps][groups].
-  void (*depthwise)(const GatherGemm<T>&, int64_t begin, int64_t end);
+  void (*direct)(const Direct<T>&, int64_t begin, int64_t end, char* scratch);
   // Gradients of groups [begin, end) where depth and width are 1.
   void (*depthwise_weight_grad)(const WeightGrad<T>&, int64_t begin, int64_t end);
   // Independent units of work of a weight gradient, elements of scratch for so many, and units

@@ -71,3 +71,26 @@ void weight_grad(const WeightGrad<T>& a, int64_t begin, int64_t end, T* scratch)
                       unit.tap] = sum[k * lanes + j];
   }
 }
+
+// Of groups [begin, end) with one channel in and out.
+template <class T>
+void depthwise_weight_grad(const WeightGrad<T>& a, int64_t begin, int64_t end) {
+  constexpr int64_t L = VecOf<T>::lanes;
+  for (int64_t c = begin; c < end; c += L) {
+    const int64_t used = min(L, end - c);
+    for (int64_t q = 0; q < a.taps; ++q) {
+      Vec<T> total{};
+      for (int64_t row = 0; row < a.batch * a.rows; ++row) {
+        Vec<T> sum{};
+        for (int64_t j = 0; j < a.cols; ++j) {
+          const T* x = under_tap(a.input, a.in_h, a.in_w, a.in_channels, row / a.rows,
+                                 row % a.rows * a.step_h + a.tap_h[q], j * a.step_w + a.tap_w[q]);
+          const Vec<T> in = x ? load_some<T>(x + c, used) : Vec<T>{};
+          sum += in * load_some<T>(a.grad + (row * a.cols + j) * a.grad_stride + c, used);
+        }
+        total += sum;
+      }
+      for (int64_t j = 0; j < used; ++j) a.weight_grad[(c + j) * a.taps + q] = total[j];
+    }
+  }
+}

@@ -6,7 +6,7 @@
 namespace mnp::ops {
 namespace {
 
-// Which taps a gather uses, and where they read.
+// Which taps a convolution uses, and where they read.
 struct Taps {
   std::vector<int64_t> place;  // of every tap among those used, or -1
   std::vector<int64_t> h, w;   // of those used
@@ -26,6 +26,35 @@ Taps forward_taps(const Conv& conv) {
   return taps;
 }
 
+// One for each row of the kernel, in a padded image.
+Taps row_taps(const Conv& conv) {
+  Taps taps;
+  for (int64_t i = 0; i < conv.kh; ++i) taps.use(i * conv.dilation[0], 0);
+  return taps;
+}
+
+// The images with zeros around them.
+template <class T>
+Buffer<T> pad(const Conv& conv, const T* x) {
+  const int64_t h = conv.h + 2 * conv.padding[0], w = conv.w + 2 * conv.padding[1];
+  const int64_t left = conv.padding[1] * conv.c, row = conv.w * conv.c;
+  auto padded = buffer<T>(conv.n * h * w * conv.c);
+  torch::stable::parallel_for(0, conv.n * h, grain(w * conv.c), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      T* to = padded.get() + i * w * conv.c;
+      const int64_t from = i % h - conv.padding[0];
+      if (from < 0 || from >= conv.h) {
+        std::fill_n(to, w * conv.c, T(0));
+        continue;
+      }
+      std::fill_n(to, left, T(0));
+      std::copy_n(x + (i / h * conv.h + from) * row, row, to + left);
+      std::fill_n(to + left + row, left, T(0));
+    }
+  });
+  return padded;
+}
+
 // Input pixels with row % stride = phase meet only the taps whose output row is whole.
 Taps phase_taps(const Conv& conv, int64_t phase_h, int64_t phase_w) {
   Taps taps;
@@ -41,41 +70,28 @@ Taps phase_taps(const Conv& conv, int64_t phase_h, int64_t phase_w) {
   return taps;
 }
 
-// Packs the weights of all groups; `transposed` swaps the roles of input and output channels.
+// Packs the weights; `transposed` swaps the roles of input and output channels.
 template <class T>
 Buffer<T> pack(const Conv& conv, const Tensor& weight, const Taps& taps, bool transposed) {
   const auto& kernels = cpu::kernels_of<T>();
   cpu::PackPanels<T> a{};
   a.weights = weights_of<T>(weight, transposed);
+  a.stride_g = conv.group_out() * weight.stride(0);
   a.place = taps.place.data();
   a.taps = static_cast<int64_t>(taps.h.size());
+  a.groups = conv.groups;
   a.depth = transposed ? conv.group_out() : conv.group_in();
   a.width = transposed ? conv.group_in() : conv.group_out();
-  if (conv.is_depthwise()) {
-    auto panels = buffer<T>(a.taps * conv.groups);
-    for (int64_t q = 0; q < a.weights.taps; ++q)
-      for (int64_t g = 0; g < conv.groups && taps.place[q] >= 0; ++g)
-        panels[taps.place[q] * conv.groups + g] =
-            a.weights.data[g * weight.stride(0) + q * a.weights.stride_q];
-    return panels;
-  }
-  const int64_t parts = kernels.panels_count(a.width);
-  const int64_t size = kernels.panels_size(a.taps, a.depth, a.width);
-  auto panels = buffer<T>(conv.groups * size);
-  torch::stable::parallel_for(0, conv.groups * parts, grain(size / std::max<int64_t>(1, parts)),
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t i = begin; i < end; ++i) {
-                                  const int64_t g = i / parts, p = i % parts;
-                                  cpu::PackPanels<T> group = a;
-                                  group.weights.data += g * conv.group_out() * weight.stride(0);
-                                  kernels.pack_panels(group, p, p + 1, panels.get() + g * size);
-                                }
-                              });
-  return panels;
+  const int64_t size = kernels.panels_size(a), panels = kernels.panels_count(a);
+  auto packed = buffer<T>(size);
+  torch::stable::parallel_for(0, panels, grain(size / panels), [&](int64_t begin, int64_t end) {
+    kernels.pack_panels(a, begin, end, packed.get());
+  });
+  return packed;
 }
 
 template <class T>
-void run_gather(cpu::GatherGemm<T>& a, const Conv& conv, const Taps& taps) {
+void run(cpu::Direct<T>& a, const Conv& conv, const Taps& taps) {
   const auto& kernels = cpu::kernels_of<T>();
   a.taps = static_cast<int64_t>(taps.h.size());
   a.tap_h = taps.h.data();
@@ -85,20 +101,22 @@ void run_gather(cpu::GatherGemm<T>& a, const Conv& conv, const Taps& taps) {
   torch::stable::parallel_for(0, conv.n * a.rows * a.cols,
                               grain(a.taps * a.depth * a.width * a.groups),
                               [&](int64_t begin, int64_t end) {
-                                if (conv.is_depthwise()) return kernels.depthwise(a, begin, end);
-                                const auto scratch = buffer<T>(kernels.gather_scratch(a));
-                                kernels.gather_gemm(a, begin, end, scratch.get());
+                                const auto scratch = buffer<char>(kernels.direct_scratch(a));
+                                kernels.direct(a, begin, end, scratch.get());
                               });
 }
 
 }  // namespace
 
+// Below so many channels a tap is too short a run: a kernel's whole rows are read at a time.
+constexpr int64_t kFewChannels = 16;
+
 template <class T>
 void direct_forward(const Conv& conv, const Tensor& weight, const T* x,
                     const cpu::Epilogue<T>& epilogue, T* y) {
-  const Taps taps = forward_taps(conv);
+  Taps taps = forward_taps(conv);
   const auto panels = pack<T>(conv, weight, taps, false);
-  cpu::GatherGemm<T> a{};
+  cpu::Direct<T> a{};
   a.input = x;
   a.in_h = conv.h, a.in_w = conv.w, a.in_stride = conv.c;
   a.depth = conv.group_in(), a.width = conv.group_out();
@@ -108,7 +126,15 @@ void direct_forward(const Conv& conv, const Tensor& weight, const T* x,
   a.output = y;
   a.out_step_h = a.out_step_w = 1;
   a.epilogue = &epilogue;
-  run_gather(a, conv, taps);
+  Buffer<T> padded;
+  if (conv.groups == 1 && conv.c < kFewChannels && conv.kw > 1 && conv.dilation[1] == 1) {
+    padded = pad(conv, x);
+    a.input = padded.get();
+    a.in_h += 2 * conv.padding[0], a.in_w += 2 * conv.padding[1];
+    a.depth *= conv.kw;
+    taps = row_taps(conv);
+  }
+  run(a, conv, taps);
 }
 
 template <class T>
@@ -118,7 +144,7 @@ void direct_input_grad(const Conv& conv, const Tensor& weight, const T* g, int64
     for (int64_t phase_w = 0; phase_w < std::min(conv.stride[1], conv.w); ++phase_w) {
       const Taps taps = phase_taps(conv, phase_h, phase_w);
       const auto panels = pack<T>(conv, weight, taps, true);
-      cpu::GatherGemm<T> a{};
+      cpu::Direct<T> a{};
       a.input = g;
       a.in_h = conv.oh, a.in_w = conv.ow, a.in_stride = g_stride;
       a.depth = conv.group_out(), a.width = conv.group_in();
@@ -131,7 +157,7 @@ void direct_input_grad(const Conv& conv, const Tensor& weight, const T* g, int64
       a.out_step_h = conv.stride[0], a.out_step_w = conv.stride[1];
       a.out_origin_h = phase_h, a.out_origin_w = phase_w;
       a.epilogue = &epilogue;
-      run_gather(a, conv, taps);
+      run(a, conv, taps);
     }
 }
 

@@ -49,6 +49,13 @@ CONVS = {
     "kernel below stride": Conv(2, 3, 8, 8, 4, kernel=(2, 2), stride=(3, 3), padding=(0, 0)),
     "grouped": Conv(2, 12, 6, 6, 9, groups=3),
     "depthwise": Conv(2, 6, 7, 7, 12, stride=(2, 1), groups=6),
+    "image": Conv(2, 3, 12, 11, 21, kernel=(7, 7), stride=(2, 2), padding=(3, 3)),
+    "image, dilated rows": Conv(2, 2, 12, 9, 5, stride=(1, 2), padding=(2, 0), dilation=(3, 1)),
+    "groups of 4": Conv(2, 24, 7, 7, 24, groups=6),
+    "groups of 2, 1x1 stride 3": Conv(
+        2, 10, 7, 8, 10, kernel=(1, 1), stride=(3, 2), padding=(0, 0), groups=5
+    ),
+    "groups of 4 to 8": Conv(2, 12, 6, 5, 24, groups=3),
     "one pixel": Conv(4, 5, 1, 1, 3, kernel=(1, 1), padding=(0, 0)),
     "no samples": Conv(0, 3, 5, 5, 4),
 }

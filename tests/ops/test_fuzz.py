@@ -117,10 +117,14 @@ def draw_conv(draw: random.Random, algorithm: str) -> Conv:
         for k, d, p in zip(kernel, dilation, padding, strict=True)
     )
     c, k, groups = draw.choice(CHANNELS), draw.choice(CHANNELS), 1
-    kind = "dense" if winograd else draw.choice(["dense", "dense", "grouped", "depthwise"])
+    kinds = ["dense", "dense", "grouped", "narrow", "depthwise"]
+    kind = "dense" if winograd else draw.choice(kinds)
     if kind == "grouped":
         groups = draw.randint(2, 3)
         c, k = groups * draw.choice(CHANNELS[:9]), groups * draw.choice(CHANNELS[:9])
+    elif kind == "narrow":
+        groups = draw.randint(2, 16)
+        c = k = groups * draw.choice((2, 4, 8))
     elif kind == "depthwise":
         groups, k = c, c * draw.choice((1, 1, 2))
     n = draw.choice((1, 1, 2, 3, 5))

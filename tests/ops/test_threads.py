@@ -22,6 +22,8 @@ CONVS = (
     (Conv(4, 24, 13, 13, 40), "winograd4"),
     (Conv(4, 24, 13, 13, 40, stride=(2, 2)), "winograd4"),
     (Conv(2, 12, 9, 9, 18, stride=(2, 2), groups=3), "auto"),
+    (Conv(3, 20, 9, 9, 20, groups=5), "auto"),
+    (Conv(3, 3, 21, 17, 24, kernel=(5, 5), padding=(2, 2)), "auto"),
     (Conv(5, 20, 6, 6, 70, kernel=(1, 1), padding=(0, 0)), "auto"),
 )
 

@@ -1,0 +1,161 @@
+// Convolution as a matrix product whose rows are read in place. Included once per instruction set;
+// see isa.inl.
+#pragma once
+
+// Panels [begin, end) of all groups.
+template <class T>
+void pack_dense(const PackPanels<T>& a, int64_t begin, int64_t end, T* panels) {
+  constexpr int64_t L = VecOf<T>::lanes;
+  const Panels<T> shape{a.width};
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t group = i / shape.count(), p = i % shape.count(), lanes = shape.lanes(p);
+    for (int64_t v = 0; v < lanes; v += L) {
+      T* panel = panels + (group * shape.padded() + p * shape.kWide) * a.taps * a.depth + v;
+      Weights<T> weights = a.weights;
+      weights.data += group * a.stride_g + (p * shape.kWide + v) * weights.stride_j;
+      read_weights<T>(weights, min(L, shape.used(p) - v), a.depth,
+                      [&](int64_t q, int64_t d, Vec<T> w) {
+                        if (a.place[q] >= 0)
+                          store<T>(panel + (a.place[q] * a.depth + d) * lanes, w);
+                      });
+    }
+  }
+}
+
+// How a product over taps * depth elements is cut so that a panel's part stays in the first cache,
+// and how many pixels' inputs and outputs stay in the second; of these, all panels pass over a
+// block before the next one.
+template <class T>
+struct DenseBlocks {
+  int64_t taps, depth, parts, pixels, block;
+  explicit DenseBlocks(const Direct<T>& a) {
+    const int64_t size = sizeof(T), most = max<int64_t>(64, a.l1 / (Panels<T>::kWide * size));
+    const auto even = [](int64_t total, int64_t limit) {
+      const int64_t count = max<int64_t>(1, (total + limit - 1) / limit);
+      return (total + count - 1) / count;
+    };
+    depth = even(a.depth, most);
+    taps = max<int64_t>(1, even(a.taps, max<int64_t>(1, most / a.depth)));
+    parts = max<int64_t>(1, (a.taps + taps - 1) / taps) * ((a.depth + depth - 1) / depth);
+    const int64_t read = min(a.taps, a.step_h * a.step_w) * depth + Panels<T>{a.width}.padded();
+    const int64_t rows = a.l2 / 2 / (read * size + a.taps * int64_t(sizeof(T*))) / kRows;
+    pixels = kRows * min(64, max<int64_t>(4, rows));
+    const int64_t panels = Panels<T>{a.width}.padded() * taps * depth * size;
+    block = panels <= a.l1 / 2 ? kRows : pixels;
+  }
+};
+
+// The part of a product that a tile computes.
+template <class T>
+struct DensePart {
+  const T* const* reads;  // of the first tap and pixel
+  int64_t pixels;         // from one tap's reads to the next
+  int64_t taps, offset, depth;
+  const T* panel;
+  T* sums;  // of the first pixel
+  int64_t sums_stride;
+  bool is_first, is_last;
+};
+
+// R pixels times a panel of V vectors.
+template <class T, int R, int V>
+[[gnu::noinline]] void dense_tile(const Direct<T>& a, const DensePart<T>& part, const Place* places,
+                                  int64_t first, int64_t used) {
+  constexpr int L = VecOf<T>::lanes;
+  Vec<T> acc[R][V];
+  for (int i = 0; i < R; ++i)
+    for (int v = 0; v < V; ++v) acc[i][v] = Vec<T>{};
+  // What the next tile writes and reads, if it lies behind this one.
+  if (part.is_last)
+    for (int i = 0; i < R; ++i)
+      __builtin_prefetch(
+          a.output + places[i].element + R * a.out_step_w * a.groups * a.width + first, 1);
+  const int64_t ahead = a.step_w == 1 ? R * a.in_stride : 0;
+  const T* panel = part.panel;
+  for (int64_t q = 0; q < part.taps; ++q) {
+    const T* rows[R];
+    for (int i = 0; i < R; ++i) rows[i] = part.reads[q * part.pixels + i] + part.offset;
+#pragma GCC unroll 4
+    for (int64_t d = 0; d < part.depth; ++d) {
+      Vec<T> b[V];
+      for (int v = 0; v < V; ++v) b[v] = load<T>(panel + v * L);
+      __builtin_prefetch(rows[0] + ahead + d * R);
+      panel += V * L;
+      for (int i = 0; i < R; ++i)
+        for (int v = 0; v < V; ++v) acc[i][v] += b[v] * rows[i][d];
+    }
+  }
+  // Sums of parts have smaller rounding errors than one long sum.
+  T* const sums = part.sums;
+  const int64_t stride = part.sums_stride;
+  if (!part.is_first)
+    for (int i = 0; i < R; ++i)
+      for (int v = 0; v < V; ++v) acc[i][v] += load<T>(sums + i * stride + v * L);
+  if (part.is_last) return write_tile(a, places, first, used, acc);
+  for (int i = 0; i < R; ++i)
+    for (int v = 0; v < V; ++v) store<T>(sums + i * stride + v * L, acc[i][v]);
+}
+
+template <class T, int V, int R = kRows>
+inline void dense_rows(int64_t count, const Direct<T>& a, const DensePart<T>& part,
+                       const Place* places, int64_t first, int64_t used) {
+  if constexpr (R > 0) {
+    if (count == R)
+      dense_tile<T, R, V>(a, part, places, first, used);
+    else
+      dense_rows<T, V, R - 1>(count, a, part, places, first, used);
+  }
+}
+
+template <class T>
+int64_t dense_scratch(const Direct<T>& a) {
+  const DenseBlocks<T> cut(a);
+  const int64_t sums = cut.parts > 1 ? skewed<T>(Panels<T>{a.width}.padded()) : 0;
+  return DirectScratch<T>::bytes(a, cut.pixels, cut.pixels * sums);
+}
+
+template <class T>
+void dense(const Direct<T>& a, int64_t begin, int64_t end, char* memory) {
+  constexpr int64_t W = Panels<T>::kWide;
+  const Panels<T> shape{a.width};
+  const DenseBlocks<T> cut(a);
+  const int64_t total = a.taps * a.depth, sums_stride = skewed<T>(shape.padded());
+  const DirectScratch<T> scratch(a, cut.pixels, memory);
+  for (int64_t chunk = begin; chunk < end; chunk += cut.pixels) {
+    const int64_t pixels = min(cut.pixels, end - chunk);
+    find_pixels(a, chunk, pixels, scratch);
+    for (int64_t group = 0; group < a.groups; ++group) {
+      const T* panels = a.panels + group * shape.padded() * total;
+      for (int64_t index = 0, q = 0, d = 0; index < cut.parts; ++index) {
+        DensePart<T> part{};
+        part.pixels = pixels;
+        part.taps = min(cut.taps, a.taps - q), part.depth = min(cut.depth, a.depth - d);
+        part.offset = group * a.depth + d;
+        part.sums_stride = sums_stride;
+        part.is_first = index == 0, part.is_last = index + 1 == cut.parts;
+        for (int64_t begin = 0; begin < pixels; begin += cut.block) {
+          const int64_t count = min(cut.block, pixels - begin), tiles = (count + kRows - 1) / kRows;
+          for (int64_t p = 0; p < shape.count(); ++p) {
+            const int64_t lanes = shape.lanes(p), used = shape.used(p);
+            const int64_t first = group * a.width + p * W;
+            part.panel = panels + p * W * total + (q * a.depth + d) * lanes;
+            // Tiles of nearly equal height: a short last one could not hide the latency.
+            for (int64_t t = 0, s = begin; t < tiles; ++t) {
+              const int64_t next = begin + (t + 1) * count / tiles;
+              part.reads = scratch.reads + q * pixels + s;
+              part.sums = scratch.sums + s * sums_stride + p * W;
+              const Place* places = scratch.places + s;
+              if (lanes == W)
+                dense_rows<T, 2>(next - s, a, part, places, first, used);
+              else
+                dense_rows<T, 1>(next - s, a, part, places, first, used);
+              s = next;
+            }
+          }
+        }
+        d += cut.depth;
+        if (d >= a.depth) q += cut.taps, d = 0;
+      }
+    }
+  }
+}

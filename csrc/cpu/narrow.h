@@ -1,0 +1,108 @@
+// Convolution in groups so narrow that a vector holds whole ones; depthwise are those of one
+// channel. Included once per instruction set; see isa.inl.
+#pragma once
+
+// Whether a vector holds several groups of as many channels in as out.
+template <class T>
+inline bool is_narrow(int64_t groups, int64_t depth, int64_t width) {
+  return groups > 1 && depth == width && width < VecOf<T>::lanes && VecOf<T>::lanes % width == 0;
+}
+
+// Vectors [begin, end) of the channels of all groups: [tap][depth][lanes] each.
+template <class T>
+void pack_narrow(const PackPanels<T>& a, int64_t begin, int64_t end, T* panels) {
+  constexpr int64_t L = VecOf<T>::lanes;
+  const Weights<T>& w = a.weights;
+  for (int64_t i = begin; i < end; ++i)
+    for (int64_t q = 0; q < w.taps; ++q)
+      for (int64_t d = 0; d < a.depth && a.place[q] >= 0; ++d)
+        for (int64_t j = 0; j < L; ++j) {
+          const int64_t group = (i * L + j) / a.width, member = j % a.width;
+          panels[((i * a.taps + a.place[q]) * a.depth + d) * L + j] =
+              group < a.groups ? w.data[group * a.stride_g + member * w.stride_j + q * w.stride_q +
+                                        d * w.stride_d]
+                               : T(0);
+        }
+}
+
+// Channel d of each lane's own group, of W channels.
+template <class T, int W>
+inline Vec<T> spread(Vec<T> x, int d) {
+  if constexpr (W == 1) return x;
+  Vec<T> out;
+  for (int j = 0; j < VecOf<T>::lanes; ++j) out[j] = x[j / W * W + d];
+  return out;
+}
+
+// V vectors of channels of R pixels; of the last one `used` channels exist.
+template <class T, int W, int R, int V, bool Whole>
+[[gnu::noinline]] void narrow_tile(const Direct<T>& a, const T* const* reads, int64_t pixels,
+                                   const Place* places, int64_t first, int64_t used) {
+  constexpr int L = VecOf<T>::lanes;
+  Vec<T> acc[R][V];
+  for (int i = 0; i < R; ++i)
+    for (int v = 0; v < V; ++v) acc[i][v] = Vec<T>{};
+  // What the next tile writes, and what it is first to read, if it lies behind this one.
+  const int64_t written = R * a.out_step_w * a.groups * W, read = R * a.step_w * a.in_stride;
+  for (int i = 0; i < R; ++i) {
+    __builtin_prefetch(a.output + places[i].element + written + first, 1);
+    if (a.taps > 0) __builtin_prefetch(reads[(a.taps - 1) * pixels + i] + read + first);
+  }
+  const T* panel = a.panels + first * a.taps * W;
+  const int64_t next = a.taps * W * L;
+  for (int64_t q = 0; q < a.taps; ++q, reads += pixels, panel += W * L)
+#pragma GCC unroll 16
+    for (int d = 0; d < W; ++d) {
+      Vec<T> b[V];
+      for (int v = 0; v < V; ++v) b[v] = load<T>(panel + v * next + d * L);
+      for (int i = 0; i < R; ++i)
+        for (int v = 0; v < V; ++v) {
+          const T* x = reads[i] + first + v * L;
+          // Padding is multiplied too: 0 times infinity is NaN, as in other convolutions.
+          acc[i][v] += spread<T, W>(Whole ? load<T>(x) : load_some<T>(x, used), d) * b[v];
+        }
+    }
+  write_tile(a, places, first, (V - 1) * L + used, acc);
+}
+
+// All channels of R pixels.
+template <class T, int W, int R>
+inline void narrow_pixel_tile(const Direct<T>& a, const T* const* reads, int64_t pixels,
+                              const Place* places) {
+  constexpr int64_t L = VecOf<T>::lanes;
+  const int64_t channels = a.groups * W;
+  int64_t c = 0;
+  for (; c + 2 * L <= channels; c += 2 * L)
+    narrow_tile<T, W, R, 2, true>(a, reads, pixels, places, c, L);
+  for (; c < channels; c += L)
+    narrow_tile<T, W, R, 1, false>(a, reads, pixels, places, c, min(L, channels - c));
+}
+
+template <class T>
+inline int64_t narrow_pixels(const Direct<T>& a) {
+  const int64_t bytes = a.groups * a.width * (1 + a.step_h * a.step_w) * int64_t(sizeof(T));
+  return kRows * min(64, max<int64_t>(4, a.l2 / 2 / bytes / kRows));
+}
+
+template <class T>
+int64_t narrow_scratch(const Direct<T>& a) {
+  return DirectScratch<T>::bytes(a, narrow_pixels(a), 0);
+}
+
+template <class T, int W = 1>
+void narrow(const Direct<T>& a, int64_t begin, int64_t end, char* memory) {
+  constexpr int64_t L = VecOf<T>::lanes;
+  if constexpr (2 * W < L)
+    if (a.width != W) return narrow<T, 2 * W>(a, begin, end, memory);
+  const int64_t most = narrow_pixels(a);
+  const DirectScratch<T> scratch(a, most, memory);
+  for (int64_t chunk = begin; chunk < end; chunk += most) {
+    const int64_t pixels = min(most, end - chunk);
+    find_pixels(a, chunk, pixels, scratch);
+    int64_t s = 0;
+    for (; s + kRows <= pixels; s += kRows)
+      narrow_pixel_tile<T, W, kRows>(a, scratch.reads + s, pixels, scratch.places + s);
+    for (; s < pixels; ++s)
+      narrow_pixel_tile<T, W, 1>(a, scratch.reads + s, pixels, scratch.places + s);
+  }
+}
