@@ -163,6 +163,7 @@ class _Follower:
         self.modules: dict[str, Any] = dict(model.named_modules())
         self.fates = Fates()
         self.values: dict[fx.Node, Channels] = {}
+        self.names: dict[fx.Node, set[fx.Node]] = {}
         self.layers: list[Layer] = []
         self.norms: list[tuple[Norm, Tensor]] = []
         self.uses: Counter[str] = Counter()
@@ -198,9 +199,17 @@ class _Follower:
             return self._arithmetic(node, kind, len(shape))
         if kind is torch.cat:
             return self._cat(node, len(shape))
-        if node.all_input_nodes != [args[0]] or args[0] not in self.values:
+        tensors = [source for source in node.all_input_nodes if shape_of(source) is not None]
+        if tensors != [args[0]] or args[0] not in self.values:
             return None
-        return follow(node, self.values, self.modules)
+        found = follow(node, self.values[args[0]], self.modules)
+        if found is None:
+            return None
+        if found.overwrites:
+            self._overwrite(args[0])
+        if found.shares:
+            self._share(node, args[0])
+        return found.channels
 
     def _has_hooks(self, node: fx.Node) -> bool:
         """Whether a module does more than its class says, such as another weight at every call."""
@@ -212,7 +221,20 @@ class _Follower:
     def _give_up(self, source: fx.Node) -> None:
         """The channels of a value stay, and may have been changed in place."""
         if source in self.values:
+            self._overwrite(source)
             self.fates.pin(self.values.pop(source).slots)
+
+    def _share(self, node: fx.Node, source: fx.Node) -> None:
+        """Both are names of the same memory."""
+        names = self.names.setdefault(source, {source})
+        names.add(node)
+        self.names[node] = names
+
+    def _overwrite(self, source: fx.Node) -> None:
+        """Nothing is constant any more of what shares memory with a value."""
+        for name in self.names.get(source, {source}) & self.values.keys():
+            value = self.values[name]
+            self.values[name] = value._replace(constant=torch.full_like(value.constant, VARIES))
 
     def _pinned(self, dim: int, count: int) -> Channels:
         """Channels that vary and stay."""
@@ -305,7 +327,8 @@ class _Follower:
             constant[(a == 0) | (b == 0)] = 0
         result = widest._replace(constant=constant)
         if kind in _IN_PLACE:
-            self.values[args[0]] = result
+            self._overwrite(args[0])
+            self._share(node, args[0])
         return result
 
     def _cat(self, node: fx.Node, rank: int) -> Channels | None:

@@ -64,7 +64,7 @@ def compact(model: nn.Module, example_inputs: tuple[Any, ...]) -> nn.Module:
         raise ValueError("example_inputs must hold at least one sample")
     small = (unwrap(model) if masked_layers(model) else copy.deepcopy(model)).eval()
     with torch.no_grad():
-        expected = _outputs(small, example_inputs)
+        expected = _outputs(copy.deepcopy(model).eval(), example_inputs)
         flow = channel_flow(small, example_inputs)
         kept = _kept(flow)
         for layer in flow.layers:
@@ -188,7 +188,7 @@ def _compare(found: list[Tensor], expected: list[Tensor], name: str) -> None:
             raise RuntimeError(
                 f"{name} without its constant channels gives other outputs: they differ by "
                 f"{difference:.1e}, and the largest is {size:.1e}. It does something that its "
-                "trace does not show, such as in a hook, or at random"
+                "trace does not show, at random or with the weights of a masked layer"
             )
 
 

@@ -67,53 +67,61 @@ def shape_of(node: fx.Node) -> tuple[int, ...] | None:
     return None if shape is None else tuple(shape)
 
 
-def follow(
-    node: fx.Node, values: dict[fx.Node, Channels], modules: dict[str, Any]
-) -> Channels | None:
+class Followed(NamedTuple):
+    """The channels of what a node computes, whether it shares memory with what the node reads,
+    and whether it has overwritten that.
+    """
+
+    channels: Channels
+    shares: bool
+    overwrites: bool = False
+
+
+def follow(node: fx.Node, x: Channels, modules: dict[str, Any]) -> Followed | None:
     """The channels of what a node computes of one value.
 
     Parameters
     ----------
     node
         A node whose first argument is a value, and whose other arguments are none.
-    values
-        The channels of the first argument; new ones are put there if the node works in place.
+    x
+        The channels of the first argument.
     modules
         Of the model, by name.
 
     Returns
     -------
-    Channels or None
+    Followed or None
         None where the operation is not known.
     """
     kind, args = kind_of(node, modules), arguments(node)
-    x = values[args[0]]
     before, after = _shapes(node)
-    if kind in _FLATTENS:
-        module = modules[str(node.target)] if kind is nn.Flatten else None
-        return _flatten(x, before, *_flat_dims(node, module))
+    view: Channels | None = None
     if kind in _VIEWS:
-        return _view(x, args, before, after)
-    if kind in _PERMUTES:
-        dims = _listed(args)
-        return x._replace(dim=[dim % len(before) for dim in dims].index(x.dim)) if dims else None
-    if kind in _TRANSPOSES:
+        view = _view(x, args, before, after)
+    elif len(node.all_input_nodes) > 1:
+        return None
+    elif kind in _FLATTENS:
+        module = modules[str(node.target)] if kind is nn.Flatten else None
+        view = _flatten(x, before, *_flat_dims(node, module))
+    elif kind in _PERMUTES and len(args) > 1:
+        view = x._replace(dim=[dim % len(before) for dim in _listed(args)].index(x.dim))
+    elif kind in _TRANSPOSES and len(args) == 3:
         order = list(range(len(before)))
-        a, b = args[1:]
-        order[a], order[b] = order[b], order[a]
-        return x._replace(dim=order.index(x.dim))
-    if kind is operator.getitem:
-        return _unsqueeze(x, args[1])
-    if kind in _REDUCTIONS:
-        dims = args[1] if len(args) > 1 else node.kwargs.get("dim")
-        return None if dims is None else _reduce(node, values, dims, modules)
-    if (
+        order[args[1]], order[args[2]] = order[args[2]], order[args[1]]
+        view = x._replace(dim=order.index(x.dim))
+    elif kind is operator.getitem:
+        view = _unsqueeze(x, args[1])
+    elif kind in _REDUCTIONS:
+        dim = _reduced(x.dim, node)
+        return None if dim is None else _run(node, x, dim, modules)
+    elif (
         kind in _PER_CHANNEL
         or (kind in _PER_IMAGE and x.dim == len(before) - 3)
         or (kind in _DROPOUTS and node.kwargs.get("training") is False)
     ):
-        return _run(node, values, x.dim, modules)
-    return None
+        return _run(node, x, x.dim, modules)
+    return None if view is None else Followed(view, shares=True)
 
 
 def arguments(node: fx.Node) -> tuple[Any, ...]:
@@ -139,11 +147,9 @@ def _flat_dims(node: fx.Node, module: nn.Flatten | None) -> tuple[int, int]:
     """First and last of the dimensions that become one."""
     if module is not None:
         return module.start_dim, module.end_dim
-    given: dict[str, Any] = dict(zip(("start", "end"), arguments(node)[1:], strict=False))
-    return (
-        given.get("start", node.kwargs.get("start_dim", 0)),
-        given.get("end", node.kwargs.get("end_dim", -1)),
-    )
+    positional = dict(zip(("start_dim", "end_dim"), arguments(node)[1:], strict=False))
+    given: dict[str, Any] = {"start_dim": 0, "end_dim": -1, **positional, **node.kwargs}
+    return given["start_dim"], given["end_dim"]
 
 
 def _flatten(x: Channels, shape: tuple[int, ...], start: int, end: int) -> Channels:
@@ -180,26 +186,24 @@ def _unsqueeze(x: Channels, index: Any) -> Channels | None:
     return x._replace(dim=whole[x.dim])
 
 
-def _reduce(
-    node: fx.Node, values: dict[fx.Node, Channels], dims: Any, modules: dict[str, Any]
-) -> Channels | None:
-    """A mean, sum or maximum over other dimensions than the channels'."""
-    x, (before, after) = values[arguments(node)[0]], _shapes(node)
-    reduced = {dim % len(before) for dim in ([dims] if isinstance(dims, int) else dims)}
-    if x.dim in reduced:
+def _reduced(counting: int, node: fx.Node) -> int | None:
+    """The dimension that counts channels behind a mean, sum or maximum over others."""
+    before, after = _shapes(node)
+    args = arguments(node)
+    dims: Any = args[1] if len(args) > 1 else node.kwargs.get("dim")
+    if dims is None:
         return None
-    gone = sum(dim < x.dim for dim in reduced) if len(after) < len(before) else 0
-    return _run(node, values, x.dim - gone, modules)
+    reduced = {dim % len(before) for dim in ([dims] if isinstance(dims, int) else dims)}
+    gone = sum(dim < counting for dim in reduced) if len(after) < len(before) else 0
+    return None if counting in reduced else counting - gone
 
 
-def _run(
-    node: fx.Node, values: dict[fx.Node, Channels], dim: int, modules: dict[str, Any]
-) -> Channels:
+def _run(node: fx.Node, x: Channels, dim: int, modules: dict[str, Any]) -> Followed:
     """Do what the node does to an image of the constants; `dim` counts the result's channels."""
-    (source, *args), kwargs, target = arguments(node), node.kwargs, node.target
-    x, (shape, _) = values[source], _shapes(node)
-    known = x.constant.nan_to_num()
-    probe = known.reshape(-1, *(1,) * (len(shape) - x.dim - 1)).expand(shape).contiguous()
+    args, kwargs, target = arguments(node)[1:], node.kwargs, node.target
+    shape, _ = _shapes(node)
+    image = x.constant.nan_to_num().reshape(-1, *(1,) * (len(shape) - x.dim - 1)).expand(shape)
+    probe = image.clone(memory_format=torch.contiguous_format)
     if node.op == "call_module":
         y = modules[str(target)](probe)
     elif callable(target):
@@ -209,7 +213,5 @@ def _run(
     places = y.movedim(dim, 0).flatten(1)
     low, high = places.amin(1), places.amax(1)
     is_constant = ~x.constant.isnan() & (high - low <= _ROUNDING * high.abs())
-    result = Channels(dim, x.slots, torch.where(is_constant, low, VARIES))
-    if y.data_ptr() == probe.data_ptr():
-        values[source] = result
-    return result
+    channels = Channels(dim, x.slots, torch.where(is_constant, low, VARIES))
+    return Followed(channels, y.data_ptr() == probe.data_ptr(), not torch.equal(probe, image))
