@@ -91,7 +91,7 @@ def test_outputs_are_equal(name, site, dtype):
     assert size(small) < size(model)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(30))
 def test_random_networks(seed):
     model = randomize(RandomNetwork(seed)).double().eval()
     masked = mnp_fast.wrap(model, SITES[seed % 2])
@@ -338,9 +338,11 @@ class InPlace(nn.Module):
 
 
 def test_in_place():
-    small = compacted(masked_with(InPlace().double(), "neuron", {"a": [0, 1, 2], "b": [1, 2, 3]}))
+    model = InPlace().double()
+    model.b.weight.data[1:] = 0
+    small = compacted(masked_with(model, "neuron", {"a": [0, 1, 2]}))
     # Of a value that was overwritten no channel is known to be constant.
-    assert widths(small) == widths(InPlace())
+    assert widths(small) == widths(model)
 
 
 @pytest.mark.parametrize("site", ["neuron", "norm", "filter"])
