@@ -96,6 +96,7 @@ def _read(layer: Layer, kept: Tensor) -> Tensor:
 
 
 def _keep_what_is_read(layer: Layer, kept: Tensor) -> None:
+    """What varies and is read by neurons that stay."""
     kept[layer.inputs[_read(layer, kept) & layer.constant.isnan()]] = True
 
 
@@ -122,6 +123,7 @@ def _keep_equal_groups(layer: Layer, kept: Tensor) -> None:
 
 
 def _keep_one(layer: Layer, kept: Tensor) -> None:
+    """One neuron of a layer that would have none."""
     if not kept[layer.outputs].any():
         kept[layer.outputs[0, 0]] = True
 

@@ -16,8 +16,7 @@ from torch.nn import functional as F
 
 from .dataflow import kind_of
 
-VARIES = math.nan
-
+VARIES = math.nan  # in place of a channel's constant
 _ROUNDING = 1e-12  # of averages of equal numbers
 # Every channel of the result is made of the same channel of the first argument, in all places
 # by the same rule but for borders.
@@ -68,8 +67,16 @@ def shape_of(node: fx.Node) -> tuple[int, ...] | None:
 
 
 class Followed(NamedTuple):
-    """The channels of what a node computes, whether it shares memory with what the node reads,
-    and whether it has overwritten that.
+    """What is known of a node's result.
+
+    Attributes
+    ----------
+    channels
+        Its channels.
+    shares
+        Whether it is in the memory of what the node reads.
+    overwrites
+        Whether the node has changed what it reads.
     """
 
     channels: Channels
@@ -125,7 +132,7 @@ def follow(node: fx.Node, x: Channels, modules: dict[str, Any]) -> Followed | No
 
 
 def arguments(node: fx.Node) -> tuple[Any, ...]:
-    """The positional arguments of a node."""
+    """The positional arguments of a node, of any type."""
     return node.args
 
 
