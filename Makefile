@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 OUT ?= out/demo
-SUITES ?= layers step memory inference stats defense
+SUITES ?= layers step memory inference compaction stats defense
 
 RUN = $(VENV)/bin
 BUILT = $(VENV)/.built

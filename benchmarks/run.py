@@ -12,7 +12,7 @@ from typing import Annotated, Optional
 import torch
 import typer
 
-from . import defense, inference, layers, memory, stats, step
+from . import compaction, defense, inference, layers, memory, stats, step
 from .machine import machine, measured_peaks, roofline
 from .output import as_data, show
 from .timing import Case, measure
@@ -25,6 +25,7 @@ class Suite(str, Enum):
     step = "step"
     memory = "memory"
     inference = "inference"
+    compaction = "compaction"
     stats = "stats"
     defense = "defense"
 
@@ -34,6 +35,7 @@ SUITES: dict[Suite, Callable[[bool], Iterator[Case]]] = {
     Suite.step: step.cases,
     Suite.memory: memory.cases,
     Suite.inference: inference.cases,
+    Suite.compaction: compaction.cases,
     Suite.stats: stats.cases,
     Suite.defense: defense.cases,
 }

@@ -2,6 +2,7 @@
 
 from . import _extension as _extension  # first: it registers the operators
 from . import ops, reference
+from .compact import compact
 from .config import DefenseConfig
 from .defend import defend
 from .info import build_info
@@ -13,6 +14,7 @@ __all__ = [
     "DefenseConfig",
     "DefenseResult",
     "build_info",
+    "compact",
     "defend",
     "masks",
     "memory_budget",

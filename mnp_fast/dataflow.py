@@ -62,6 +62,13 @@ class Tracer(fx.Tracer):
         return isinstance(m, (*WEIGHTED, *NORM)) or super().is_leaf_module(m, module_qualified_name)
 
 
+def kind_of(node: fx.Node, modules: dict[str, nn.Module]) -> Any:
+    """What a node calls: a module's class, a function, or the name of a method."""
+    if node.op == "call_module":
+        return type(modules[str(node.target)])
+    return node.target if node.op in ("call_function", "call_method") else None
+
+
 def _traced_flow(model: nn.Module, graph: fx.Graph) -> Flow:
     names = {id(module): name for name, module in model.named_modules()}
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from .dataflow import Tracer
+from .dataflow import Tracer, kind_of
 from .layers import (
     MaskedBatchNorm2d,
     MaskedConv2d,
@@ -232,7 +232,7 @@ class _Block:
         return any(part is not None and self._has_mask(part) for part in (self.conv, self.norm))
 
     def _kind(self, node: fx.Node) -> Any:
-        return _kind(node, self.modules)
+        return kind_of(node, self.modules)
 
     def _has_mask(self, node: fx.Node) -> bool:
         return isinstance(self.modules[str(node.target)], MaskedLayer)
@@ -274,7 +274,7 @@ def _fuse(graph: fx.Graph, root: nn.Module, algorithm: str) -> None:
     modules = dict(root.named_modules())
     taken: set[fx.Node] = set()
     for node in list(graph.nodes):
-        kind = _kind(node, modules)
+        kind = kind_of(node, modules)
         starts = kind in _CONVS or (
             kind is MaskedBatchNorm2d and _keeps_statistics(modules[str(node.target)])
         )
@@ -374,20 +374,13 @@ def _restore_formats(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
 def _takes_any_format(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     pool = modules.get(str(node.target)) if node.op == "call_module" else None
     gives_pair = node.kwargs.get("return_indices") or getattr(pool, "return_indices", False)
-    return _kind(node, modules) in _ANY_FORMAT and not gives_pair
+    return kind_of(node, modules) in _ANY_FORMAT and not gives_pair
 
 
 def _reads_facts(node: fx.Node) -> bool:
     if node.op == "call_method":
         return node.target in ("size", "dim")
     return node.target is getattr and node.args[1] in _FACTS
-
-
-def _kind(node: fx.Node, modules: dict[str, nn.Module]) -> Any:
-    """A module's class, a function, or the name of a method."""
-    if node.op == "call_module":
-        return type(modules[str(node.target)])
-    return node.target if node.op in ("call_function", "call_method") else None
 
 
 def _keeps_statistics(norm: nn.Module) -> bool:
