@@ -34,9 +34,11 @@ struct DenseBlocks {
       const int64_t count = max<int64_t>(1, (total + limit - 1) / limit);
       return (total + count - 1) / count;
     };
-    depth = even(a.depth, most);
-    taps = max<int64_t>(1, even(a.taps, max<int64_t>(1, most / a.depth)));
-    parts = max<int64_t>(1, (a.taps + taps - 1) / taps) * ((a.depth + depth - 1) / depth);
+    // One part where there is nothing to sum over: no tap or no channel.
+    depth = max<int64_t>(1, even(a.depth, most));
+    taps = max<int64_t>(1, even(a.taps, max<int64_t>(1, most / depth)));
+    parts = max<int64_t>(1, (a.taps + taps - 1) / taps) *
+            max<int64_t>(1, (a.depth + depth - 1) / depth);
     const int64_t read = min(a.taps, a.step_h * a.step_w) * depth + Panels<T>{a.width}.padded();
     const int64_t rows = a.l2 / 2 / (read * size + a.taps * int64_t(sizeof(T*))) / kRows;
     pixels = kRows * min(64, max<int64_t>(4, rows));
