@@ -70,8 +70,7 @@ template <class T, int R, int V>
   // What the next tile writes and reads, if it lies behind this one.
   if (part.is_last)
     for (int i = 0; i < R; ++i)
-      __builtin_prefetch(
-          a.output + places[i].element + R * a.out_step_w * a.groups * a.width + first, 1);
+      __builtin_prefetch(a.output + places[i].element + R * a.out_step_w * a.out_stride + first, 1);
   const int64_t ahead = a.step_w == 1 ? R * a.in_stride : 0;
   const T* panel = part.panel;
   for (int64_t q = 0; q < part.taps; ++q) {

@@ -87,7 +87,8 @@ constexpr WinogradWeightKernels<T> make_winograd_weight() {
 
 template <class T>
 constexpr Kernels<T> make_kernels() {
-  return {panels_size<T>,
+  return {Panels<T>::kWide,
+          panels_size<T>,
           panels_count<T>,
           pack_panels<T>,
           direct_scratch<T>,

@@ -54,9 +54,10 @@ struct Direct {
   int64_t taps;
   const int64_t* tap_h;  // [taps] input row of a tap, relative to step_h * output row
   const int64_t* tap_w;
-  int64_t rows, cols;                  // output grid of one sample
-  int64_t step_h, step_w;              // input pixels per output pixel
-  T* output;                           // NHWC, groups * width channels
+  int64_t rows, cols;      // output grid of one sample
+  int64_t step_h, step_w;  // input pixels per output pixel
+  T* output;               // NHWC, out_stride elements from a pixel to the next
+  int64_t out_stride;
   int64_t out_h, out_w;                // output image; grid pixel (i, j) is at
   int64_t out_step_h, out_step_w;      // (out_origin_h + i * out_step_h,
   int64_t out_origin_h, out_origin_w;  //  out_origin_w + j * out_step_w)
@@ -206,6 +207,7 @@ struct WinogradWeightKernels {
 
 template <class T>
 struct Kernels {
+  int64_t panel;  // outputs of a panel
   // Elements that pack_panels writes, and how many panels that are.
   int64_t (*panels_size)(const PackPanels<T>&);
   int64_t (*panels_count)(const PackPanels<T>&);

@@ -78,7 +78,7 @@ inline void find_pixels(const Direct<T>& a, int64_t begin, int64_t pixels,
     const int64_t first = (p.n * a.out_h + a.out_origin_h + p.i * a.out_step_h) * a.out_w +
                           a.out_origin_w + p.j * a.out_step_w;
     for (int64_t k = 0; k < row; ++k)
-      to.places[s + k] = {p.n, (first + k * a.out_step_w) * a.groups * a.width};
+      to.places[s + k] = {p.n, (first + k * a.out_step_w) * a.out_stride};
     s += row;
   }
 }

@@ -70,10 +70,10 @@ Taps phase_taps(const Conv& conv, int64_t phase_h, int64_t phase_w) {
   return taps;
 }
 
-// Packs the weights; `transposed` swaps the roles of input and output channels.
+// How the weights are packed; `transposed` swaps the roles of input and output channels.
 template <class T>
-Buffer<T> pack(const Conv& conv, const Tensor& weight, const Taps& taps, bool transposed) {
-  const auto& kernels = cpu::kernels_of<T>();
+cpu::PackPanels<T> packing(const Conv& conv, const Tensor& weight, const Taps& taps,
+                           bool transposed) {
   cpu::PackPanels<T> a{};
   a.weights = weights_of<T>(weight, transposed);
   a.stride_g = conv.group_out() * weight.stride(0);
@@ -82,24 +82,61 @@ Buffer<T> pack(const Conv& conv, const Tensor& weight, const Taps& taps, bool tr
   a.groups = conv.groups;
   a.depth = transposed ? conv.group_out() : conv.group_in();
   a.width = transposed ? conv.group_in() : conv.group_out();
-  const int64_t size = kernels.panels_size(a), panels = kernels.panels_count(a);
-  auto packed = buffer<T>(size);
-  torch::stable::parallel_for(0, panels, grain(size / panels), [&](int64_t begin, int64_t end) {
-    kernels.pack_panels(a, begin, end, packed.get());
-  });
-  return packed;
+  return a;
 }
 
 template <class T>
-void run(cpu::Direct<T>& a, const Conv& conv, const Taps& taps) {
+void advance(T*& pointer, int64_t elements) {
+  if (pointer) pointer += elements;
+}
+
+// Fewer pixels than neurons: each panel of weights is packed where all pixels use it.
+template <class T>
+void run_by_panels(const cpu::Direct<T>& a, const cpu::PackPanels<T>& weights, int64_t pixels) {
+  const auto& kernels = cpu::kernels_of<T>();
+  cpu::PackPanels<T> one = weights;
+  one.width = std::min(one.width, kernels.panel);
+  const int64_t size = kernels.panels_size(one);
+  torch::stable::parallel_for(
+      0, kernels.panels_count(weights), grain(size * pixels), [&](int64_t begin, int64_t end) {
+        const auto packed = buffer<T>(size);
+        for (int64_t p = begin; p < end; ++p) {
+          const int64_t first = p * kernels.panel;
+          cpu::PackPanels<T> part = weights;
+          part.weights.data += first * part.weights.stride_j;
+          part.width = std::min(weights.width - first, kernels.panel);
+          kernels.pack_panels(part, 0, 1, packed.get());
+          cpu::Direct<T> b = a;
+          cpu::Epilogue<T> e = *a.epilogue;
+          advance(e.mask, first), advance(e.scale, first), advance(e.shift, first);
+          advance(e.bias, first), advance(e.residual, first);
+          advance(e.u, first), advance(e.active, first);
+          b.panels = packed.get(), b.width = part.width;
+          b.output += first, b.epilogue = &e;
+          const auto scratch = buffer<char>(kernels.direct_scratch(b));
+          kernels.direct(b, 0, pixels, scratch.get());
+        }
+      });
+}
+
+template <class T>
+void run(cpu::Direct<T>& a, const Conv& conv, const cpu::PackPanels<T>& weights, const Taps& taps) {
   const auto& kernels = cpu::kernels_of<T>();
   a.taps = static_cast<int64_t>(taps.h.size());
   a.tap_h = taps.h.data();
   a.tap_w = taps.w.data();
-  a.groups = conv.groups;
+  a.groups = weights.groups, a.width = weights.width;
+  a.out_stride = a.groups * a.width;
   a.l1 = cpu::caches().l1, a.l2 = cpu::caches().l2;
-  torch::stable::parallel_for(0, conv.n * a.rows * a.cols,
-                              grain(a.taps * a.depth * a.width * a.groups),
+  const int64_t pixels = conv.n * a.rows * a.cols, panels = kernels.panels_count(weights);
+  if (conv.groups == 1 && pixels <= a.width) return run_by_panels(a, weights, pixels);
+  const int64_t size = kernels.panels_size(weights);
+  const auto packed = buffer<T>(size);
+  torch::stable::parallel_for(0, panels, grain(size / panels), [&](int64_t begin, int64_t end) {
+    kernels.pack_panels(weights, begin, end, packed.get());
+  });
+  a.panels = packed.get();
+  torch::stable::parallel_for(0, pixels, grain(a.taps * a.depth * a.width * a.groups),
                               [&](int64_t begin, int64_t end) {
                                 const auto scratch = buffer<char>(kernels.direct_scratch(a));
                                 kernels.direct(a, begin, end, scratch.get());
@@ -114,27 +151,25 @@ constexpr int64_t kFewChannels = 16;
 template <class T>
 void direct_forward(const Conv& conv, const Tensor& weight, const T* x,
                     const cpu::Epilogue<T>& epilogue, T* y) {
-  Taps taps = forward_taps(conv);
-  const auto panels = pack<T>(conv, weight, taps, false);
+  const Taps taps = forward_taps(conv);
+  const auto weights = packing<T>(conv, weight, taps, false);
   cpu::Direct<T> a{};
   a.input = x;
   a.in_h = conv.h, a.in_w = conv.w, a.in_stride = conv.c;
-  a.depth = conv.group_in(), a.width = conv.group_out();
-  a.panels = panels.get();
+  a.depth = conv.group_in();
   a.rows = a.out_h = conv.oh, a.cols = a.out_w = conv.ow;
   a.step_h = conv.stride[0], a.step_w = conv.stride[1];
   a.output = y;
   a.out_step_h = a.out_step_w = 1;
   a.epilogue = &epilogue;
-  Buffer<T> padded;
   if (conv.groups == 1 && conv.c < kFewChannels && conv.kw > 1 && conv.dilation[1] == 1) {
-    padded = pad(conv, x);
+    const auto padded = pad(conv, x);
     a.input = padded.get();
     a.in_h += 2 * conv.padding[0], a.in_w += 2 * conv.padding[1];
     a.depth *= conv.kw;
-    taps = row_taps(conv);
+    return run(a, conv, weights, row_taps(conv));
   }
-  run(a, conv, taps);
+  run(a, conv, weights, taps);
 }
 
 template <class T>
@@ -143,12 +178,10 @@ void direct_input_grad(const Conv& conv, const Tensor& weight, const T* g, int64
   for (int64_t phase_h = 0; phase_h < std::min(conv.stride[0], conv.h); ++phase_h)
     for (int64_t phase_w = 0; phase_w < std::min(conv.stride[1], conv.w); ++phase_w) {
       const Taps taps = phase_taps(conv, phase_h, phase_w);
-      const auto panels = pack<T>(conv, weight, taps, true);
       cpu::Direct<T> a{};
       a.input = g;
       a.in_h = conv.oh, a.in_w = conv.ow, a.in_stride = g_stride;
-      a.depth = conv.group_out(), a.width = conv.group_in();
-      a.panels = panels.get();
+      a.depth = conv.group_out();
       a.rows = (conv.h - phase_h + conv.stride[0] - 1) / conv.stride[0];
       a.cols = (conv.w - phase_w + conv.stride[1] - 1) / conv.stride[1];
       a.step_h = a.step_w = 1;
@@ -157,7 +190,7 @@ void direct_input_grad(const Conv& conv, const Tensor& weight, const T* g, int64
       a.out_step_h = conv.stride[0], a.out_step_w = conv.stride[1];
       a.out_origin_h = phase_h, a.out_origin_w = phase_w;
       a.epilogue = &epilogue;
-      run(a, conv, taps);
+      run(a, conv, packing<T>(conv, weight, taps, true), taps);
     }
 }
 
