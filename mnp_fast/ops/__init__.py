@@ -1,7 +1,8 @@
 """The operators: typed functions over the compiled kernels, differentiable and traceable."""
 
 from .affine import masked_affine
-from .conv import masked_conv2d, masked_linear
+from .conv import masked_conv2d
+from .linear import masked_linear
 from .magnitude import neuron_magnitude
 from .update import mask_update_
 

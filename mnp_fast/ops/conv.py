@@ -1,4 +1,4 @@
-"""Fused masked convolution and linear: ``act(mask * (scale * u + shift) + bias + residual)``."""
+"""Fused masked convolution: ``act(mask * (scale * u + shift) + bias + residual)``."""
 
 from __future__ import annotations
 
@@ -110,78 +110,6 @@ def masked_conv2d(
         wants_grad(mask, scale),
         algorithm,
     )[0]
-
-
-def masked_linear(
-    x: Tensor,
-    weight: Tensor,
-    mask: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    *,
-    activation: str = "none",
-) -> Tensor:
-    """``act(mask * (scale * (x @ weight.T) + shift) + bias + residual)``.
-
-    A linear layer is a 1×1 convolution whose pixels are the positions between the first and the
-    last axis, so it runs as one.
-
-    Parameters
-    ----------
-    x
-        Input (N, *, C) or (C,); dtypes as in `masked_conv2d`.
-    weight
-        (K, C), in x's dtype.
-    mask, scale, shift, bias
-        As in `masked_conv2d`.
-    residual
-        The output's shape.
-    activation
-        `"none"` or `"relu"`.
-
-    Returns
-    -------
-    Tensor
-        (N, *, K) or (K,).
-
-    Raises
-    ------
-    RuntimeError
-        As in `masked_conv2d`.
-    """
-    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise RuntimeError(
-            "masked_linear: x must have shape (N, *, C) and weight (K, C), "
-            f"not {tuple(x.shape)} and {tuple(weight.shape)}"
-        )
-    shape = (*x.shape[:-1], weight.shape[0])
-    if residual is not None and residual.shape != shape:
-        raise RuntimeError(
-            f"masked_linear: residual must have the output's shape {shape}, "
-            f"not {tuple(residual.shape)}"
-        )
-    if x.shape[1:-1].numel() == 0:  # no pixels, which a convolution refuses
-        return reference.masked_linear(x, weight, mask, scale, shift, bias, residual, activation)
-    y = masked_conv2d(
-        _as_image(x),
-        weight[:, :, None, None],
-        mask,
-        scale,
-        shift,
-        bias,
-        None if residual is None else _as_image(residual),
-        activation=activation,
-    )
-    return y.movedim(1, -1).reshape(shape)
-
-
-def _as_image(x: Tensor) -> Tensor:
-    """(N, *, C) as a channels-last image (N, C, positions, 1), without copying."""
-    samples = x.shape[0] if x.dim() > 1 else 1
-    positions = x.shape[1:-1].numel() if x.dim() > 1 else 1
-    return x.reshape(samples, positions, 1, x.shape[-1]).movedim(-1, 1)
 
 
 def _pair(value: int | Sequence[int]) -> list[int]:

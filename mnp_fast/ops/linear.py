@@ -1,0 +1,77 @@
+"""Masked linear layer: ``act(mask * (scale * u + shift) + bias + residual)``."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from .affine import masked_affine
+
+
+def masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    activation: str = "none",
+) -> Tensor:
+    """``act(mask * (scale * (x @ weight.T) + shift) + bias + residual)``.
+
+    The product is torch's, whose matrix products are hard to beat; the rest is one operator,
+    `masked_affine`.
+
+    Parameters
+    ----------
+    x
+        Input (N, *, C) or (C,); dtypes as in `masked_conv2d`.
+    weight
+        (K, C), in x's dtype.
+    mask, scale, shift, bias
+        As in `masked_conv2d`.
+    residual
+        The output's shape.
+    activation
+        `"none"` or `"relu"`.
+
+    Returns
+    -------
+    Tensor
+        (N, *, K) or (K,).
+
+    Raises
+    ------
+    RuntimeError
+        As in `masked_conv2d`.
+    """
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise RuntimeError(
+            "masked_linear: x must have shape (N, *, C) and weight (K, C), "
+            f"not {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    shape = (*x.shape[:-1], weight.shape[0])
+    if residual is not None and residual.shape != shape:
+        raise RuntimeError(
+            f"masked_linear: residual must have the output's shape {shape}, "
+            f"not {tuple(residual.shape)}"
+        )
+    y = masked_affine(
+        _as_image(F.linear(x, weight)),
+        mask,
+        scale,
+        shift,
+        bias,
+        None if residual is None else _as_image(residual),
+        activation=activation,
+    )
+    return y.movedim(1, -1).reshape(shape)
+
+
+def _as_image(x: Tensor) -> Tensor:
+    """(N, *, C) as a channels-last image (N, C, positions, 1), without copying."""
+    samples = x.shape[0] if x.dim() > 1 else 1
+    positions = x.shape[1:-1].numel() if x.dim() > 1 else 1
+    return x.reshape(samples, positions, 1, x.shape[-1]).movedim(-1, 1)
