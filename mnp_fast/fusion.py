@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from .dataflow import Tracer, kind_of
+from .inplace import hidden_change
 from .layers import (
     MaskedBatchNorm2d,
     MaskedConv2d,
@@ -94,6 +95,9 @@ class FusedForward:
         """The graph, built anew where modules or tensors of the root were replaced."""
         if self._graph is None or self._identities(modules) != self._seen:
             graph = _traced(self.root)
+            change = hidden_change(graph, dict(self.root.named_modules()))
+            if change is not None:
+                raise ValueError(f"{change} works in place on what is read by another name as well")
             self._tensors = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
             _fuse(graph, self.root, self.algorithm)
             blocks = [node for node in graph.nodes if node.target is run_block]

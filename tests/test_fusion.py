@@ -100,7 +100,6 @@ class Odd(nn.Module):
         self.kind = kind
         self.conv = nn.Conv2d(3, 4, 3, padding=1)
         self.bn = nn.BatchNorm2d(4)
-        self.relu = nn.ReLU(inplace=True)
         self.pool = nn.MaxPool2d(2, return_indices=True)
         self.scale = nn.Parameter(torch.rand(4, 1, 1))
         self.fc = nn.Linear(4, 2)
@@ -109,9 +108,6 @@ class Odd(nn.Module):
         y = self.bn(self.conv(x))
         if self.kind == "read twice":
             y = F.relu(y) + y
-        elif self.kind == "in place and read":
-            z = self.relu(y)
-            y = y + 2 * z
         elif self.kind == "broadcast residual":
             y = F.relu(y + self.scale)
         elif self.kind == "residual of another size":
@@ -139,7 +135,7 @@ class Odd(nn.Module):
 
 
 KINDS = [
-    "read twice", "in place and read", "broadcast residual", "residual of another size", "number",
+    "read twice", "broadcast residual", "residual of another size", "number",
     "size", "scaled residual", "itself", "view", "view of a pool", "indices", "left residual",
 ]  # fmt: skip
 
@@ -325,3 +321,51 @@ def test_outputs_are_the_same_with_and_without_gradients():
         assert torch.equal(fused(x), expected)
     with torch.inference_mode():
         assert torch.equal(fused(x), expected)
+
+
+class InPlace(nn.Module):
+    """A value that is changed in place, under a name that is read again."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+        self.conv1, self.norm1 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2, self.norm2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.clip = nn.Hardtanh(-0.1, 0.1, inplace=True)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        a = self.norm1(self.conv1(x))
+        b = self.change(self, a)
+        return self.head((self.norm2(self.conv2(b)) + a).mean((2, 3)))
+
+
+CHANGES = {
+    "method": lambda model, a: a.mul_(0.3),
+    "function": lambda model, a: torch.relu_(a),
+    "argument": lambda model, a: F.hardtanh(a, -0.1, 0.1, True),
+    "keyword": lambda model, a: F.hardtanh(a, -0.1, 0.1, inplace=True),
+    "module": lambda model, a: model.clip(a),
+    "out": lambda model, a: torch.add(a, 1, out=a),
+    "view": lambda model, a: a.view(a.shape).mul_(0.3),
+    "into another": lambda model, a: a.add_(model.norm2(model.conv2(a))),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changes_in_place_that_others_see_are_not_fused(name):
+    model, x = InPlace(CHANGES[name]).eval(), torch.randn(2, 3, 6, 6)
+    masked = mnp_fast.wrap(model)
+    assert not fused_blocks(masked)
+    assert relative_error(masked(x), model(x)) <= 1e-6
+
+
+def test_changes_in_place_that_nobody_else_sees_are_fused():
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True)]
+    model = nn.Sequential(
+        *layers, nn.Conv2d(8, 8, 3), nn.Hardswish(inplace=True), nn.Flatten(), nn.Linear(32, 2)
+    )
+    model, x = model.eval(), torch.randn(2, 3, 6, 6)
+    masked = mnp_fast.wrap(model)
+    assert fused_blocks(masked) == [("0", "1"), ("3",)]
+    assert relative_error(masked(x), model(x)) <= 1e-6
