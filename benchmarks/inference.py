@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from mnp_fast import masks, unwrap, wrap
 
 from .compiled import add_compiled, compiled
-from .networks import channels_last, folded, network
+from .networks import Kept, channels_last, folded, network
 from .step import batch_of
-from .timing import OURS, Case, Tensors
+from .timing import KEPT, OURS, Case, Tensors
 
 
 def cases(quick: bool) -> Iterator[Case]:
@@ -46,6 +46,7 @@ def inference(width: int, size: int, batch: int, quick: bool, percent: int = 0) 
             "torch, channels-last": partial(logits, last, x_last),
             "torch, channels-last, folded": partial(logits, best, x_last),
             OURS: partial(logits, masked, x),
+            KEPT: Kept(masked, partial(logits, masked, x)),
         },
         logits(exact, x.double()),
         limit=1e-4,

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import fuse_conv_bn_eval
 
-from mnp_fast import wrap
+from mnp_fast import frozen_weights, wrap
 from mnp_fast.demo.resnet import ResNet18
 from mnp_fast.layers import MaskedBatchNorm2d, eval_affine
 from mnp_fast.wrap import masked_layers
+
+from .timing import Function, Tensors
 
 
 class HandMask(nn.Module):
@@ -102,3 +104,14 @@ def channels_last(model: nn.Module) -> nn.Module:
 def mask_parameters(model: nn.Module) -> list[nn.Parameter]:
     """All masks of any of the networks, in order."""
     return [p for name, p in model.named_parameters() if name.endswith("mask")]
+
+
+class Kept:
+    """A function of a wrapped model, whose weights stay packed from call to call."""
+
+    def __init__(self, masked: nn.Module, function: Function) -> None:
+        self.function, self.frozen = function, frozen_weights(masked)
+        self.frozen.__enter__()
+
+    def __call__(self) -> Tensors:
+        return self.function()

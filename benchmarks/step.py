@@ -18,8 +18,8 @@ from mnp_fast.ops import mask_update_
 from mnp_fast.suppression import MAX_GRADIENT_NORM
 
 from .compiled import add_compiled, compiled
-from .networks import channels_last, folded, freeze, mask_parameters, network, public
-from .timing import OURS, Case, Function, Tensors
+from .networks import Kept, channels_last, folded, freeze, mask_parameters, network, public
+from .timing import KEPT, OURS, Case, Function, Tensors
 
 LR, MOMENTUM, DECAY = 0.01, 0.9, 0.02
 LIMIT = 5e-3  # rounding flips ReLUs near 0, in torch as here
@@ -75,8 +75,8 @@ def folded_step(model: nn.Module, x: Tensor, labels: Tensor, *, last: bool) -> F
     return plain_step(best, best, x, labels)
 
 
-def our_step(model: nn.Module, x: Tensor, labels: Tensor) -> Function:
-    """A step of the wrapped network."""
+def our_step(model: nn.Module, x: Tensor, labels: Tensor, *, keep: bool = False) -> Function:
+    """A step of the wrapped network; as `defend` does it where weights are kept packed."""
     masked = freeze(wrap(model))
     parameters = list(masks(masked).values())
     velocities = [torch.zeros_like(p) for p in parameters]
@@ -90,7 +90,7 @@ def our_step(model: nn.Module, x: Tensor, labels: Tensor) -> Function:
         restore(parameters, kept)
         return grads
 
-    return step
+    return Kept(masked, step) if keep else step
 
 
 MASK_STEPS: dict[str, Callable[[nn.Module, Tensor, Tensor], Function]] = {
@@ -98,6 +98,7 @@ MASK_STEPS: dict[str, Callable[[nn.Module, Tensor, Tensor], Function]] = {
     "torch, contiguous, frozen and folded": partial(folded_step, last=False),
     "torch, channels-last, frozen and folded": partial(folded_step, last=True),
     OURS: our_step,
+    KEPT: partial(our_step, keep=True),
 }
 
 

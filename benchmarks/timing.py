@@ -11,6 +11,7 @@ from torch import Tensor
 Tensors = tuple[Tensor, ...]
 Function = Callable[[], Tensors]
 OURS = "mnp_fast"
+KEPT = f"{OURS}, frozen weights"
 HEAVY_ROUNDS = 3
 
 

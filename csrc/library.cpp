@@ -5,6 +5,7 @@
 
 #include "cpu/dispatch.h"
 #include "ops/ops.h"
+#include "ops/packed.h"
 #include "ops/workspace.h"
 
 STABLE_TORCH_LIBRARY(mnp_fast, m) {
@@ -59,5 +60,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("instruction_sets_usable") = mnp::cpu::usable_instruction_sets();
   m.attr("instruction_set") = mnp::cpu::kernels().name;
   m.def("set_memory_budget", &mnp::ops::set_memory_budget);
+  m.def("freeze_weights", &mnp::ops::freeze_weights);
+  m.def("thaw_weights", &mnp::ops::thaw_weights);
   m.def("memory_budget", &mnp::ops::memory_budget);
 }

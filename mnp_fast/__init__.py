@@ -5,6 +5,7 @@ from . import ops, reference
 from .compact import compact
 from .config import DefenseConfig
 from .defend import defend
+from .frozen import frozen_weights
 from .info import build_info
 from .memory import memory_budget, set_memory_budget
 from .result import DefenseResult
@@ -16,6 +17,7 @@ __all__ = [
     "build_info",
     "compact",
     "defend",
+    "frozen_weights",
     "masks",
     "memory_budget",
     "ops",

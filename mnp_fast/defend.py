@@ -19,6 +19,7 @@ import torch
 from .config import DefenseConfig
 from .data import CleanSet, check_model, clean_set, evaluate
 from .exposure import OffsetExposure, WeightExposure, is_conspicuous
+from .frozen import frozen_weights
 from .io import ensure_writable, load_checkpoint, save_checkpoint
 from .objectives import MaskFit
 from .result import DefenseResult, EpochRecord, LayerNeurons
@@ -152,7 +153,7 @@ class _Defense:
         self.progress = _progress(console)
 
     def run(self) -> DefenseResult:
-        with self.progress:
+        with self.progress, frozen_weights(self.masked):
             suppressed = self._suppress()
             exposure = self._expose(suppressed)
             self._fit(exposure)

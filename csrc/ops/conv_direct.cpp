@@ -2,6 +2,7 @@
 
 #include "conv.h"
 #include "cpu/caches.h"
+#include "packed.h"
 
 namespace mnp::ops {
 namespace {
@@ -90,28 +91,30 @@ void advance(T*& pointer, int64_t elements) {
   if (pointer) pointer += elements;
 }
 
-// Fewer pixels than neurons: each panel of weights is packed where all pixels use it.
+// Fewer pixels than neurons: each panel of weights is packed where all pixels use it, if they are
+// not `kept` packed.
 template <class T>
-void run_by_panels(const cpu::Direct<T>& a, const cpu::PackPanels<T>& weights, int64_t pixels) {
+void run_by_panels(const cpu::Direct<T>& a, const cpu::PackPanels<T>& weights, int64_t pixels,
+                   const T* kept) {
   const auto& kernels = cpu::kernels_of<T>();
   cpu::PackPanels<T> one = weights;
   one.width = std::min(one.width, kernels.panel);
   const int64_t size = kernels.panels_size(one);
   torch::stable::parallel_for(
       0, kernels.panels_count(weights), grain(size * pixels), [&](int64_t begin, int64_t end) {
-        const auto packed = buffer<T>(size);
+        const auto own = buffer<T>(kept ? 0 : size);
         for (int64_t p = begin; p < end; ++p) {
           const int64_t first = p * kernels.panel;
           cpu::PackPanels<T> part = weights;
           part.weights.data += first * part.weights.stride_j;
           part.width = std::min(weights.width - first, kernels.panel);
-          kernels.pack_panels(part, 0, 1, packed.get());
+          if (!kept) kernels.pack_panels(part, 0, 1, own.get());
           cpu::Direct<T> b = a;
           cpu::Epilogue<T> e = *a.epilogue;
           advance(e.mask, first), advance(e.scale, first), advance(e.shift, first);
           advance(e.bias, first), advance(e.residual, first);
           advance(e.u, first), advance(e.active, first);
-          b.panels = packed.get(), b.width = part.width;
+          b.panels = kept ? kept + p * size : own.get(), b.width = part.width;
           b.output += first, b.epilogue = &e;
           const auto scratch = buffer<char>(kernels.direct_scratch(b));
           kernels.direct(b, 0, pixels, scratch.get());
@@ -129,13 +132,27 @@ void run(cpu::Direct<T>& a, const Conv& conv, const cpu::PackPanels<T>& weights,
   a.out_stride = a.groups * a.width;
   a.l1 = cpu::caches().l1, a.l2 = cpu::caches().l2;
   const int64_t pixels = conv.n * a.rows * a.cols, panels = kernels.panels_count(weights);
-  if (conv.groups == 1 && pixels <= a.width) return run_by_panels(a, weights, pixels);
   const int64_t size = kernels.panels_size(weights);
-  const auto packed = buffer<T>(size);
-  torch::stable::parallel_for(0, panels, grain(size / panels), [&](int64_t begin, int64_t end) {
-    kernels.pack_panels(weights, begin, end, packed.get());
-  });
-  a.panels = packed.get();
+  const auto pack_all = [&](T* packed) {
+    torch::stable::parallel_for(0, panels, grain(size / panels), [&](int64_t begin, int64_t end) {
+      kernels.pack_panels(weights, begin, end, packed);
+    });
+  };
+  const cpu::Weights<T>& w = weights.weights;
+  std::vector<int64_t> kind{static_cast<int64_t>(Algorithm::direct),
+                            weights.groups,
+                            weights.depth,
+                            weights.width,
+                            weights.stride_g,
+                            w.stride_j,
+                            w.stride_q,
+                            w.stride_d};
+  kind.insert(kind.end(), weights.place, weights.place + w.taps);
+  const auto kept = kept_weights<T>(w.data, kind, size, pack_all);
+  if (conv.groups == 1 && pixels <= a.width) return run_by_panels(a, weights, pixels, kept.get());
+  const auto own = buffer<T>(kept ? 0 : size);
+  if (!kept) pack_all(own.get());
+  a.panels = kept ? kept.get() : own.get();
   torch::stable::parallel_for(0, pixels, grain(a.taps * a.depth * a.width * a.groups),
                               [&](int64_t begin, int64_t end) {
                                 const auto scratch = buffer<char>(kernels.direct_scratch(a));

@@ -2,6 +2,7 @@
 
 #include "conv.h"
 #include "cpu/caches.h"
+#include "packed.h"
 
 namespace mnp::ops {
 namespace {
@@ -38,6 +39,16 @@ void run_winograd(cpu::Winograd<T>& a, const Conv& conv, Algorithm algorithm, co
   const auto pack = [&](int64_t group, T* packed) {
     kernels.pack(weights, transposed, a.depth, a.width, group, packed);
   };
+  const auto pack_all = [&](T* packed) {
+    torch::stable::parallel_for(0, groups, grain(100 * a.depth), [&](int64_t begin, int64_t end) {
+      for (int64_t g = begin; g < end; ++g) pack(g, packed + g * group_size);
+    });
+  };
+  const auto kept =
+      kept_weights<T>(weights.data,
+                      {static_cast<int64_t>(algorithm), conv.stride[0], transposed, a.depth,
+                       a.width, weights.stride_j, weights.stride_q, weights.stride_d},
+                      groups * group_size, pack_all);
   const int64_t block = std::min(tiles, kernels.block(a.depth, cpu::caches().l2));
   const int64_t blocks = (tiles + block - 1) / block;
   const int64_t tile_cost = 16 * a.depth * a.width;
@@ -50,20 +61,20 @@ void run_winograd(cpu::Winograd<T>& a, const Conv& conv, Algorithm algorithm, co
     });
     torch::stable::parallel_for(
         0, groups, grain(tile_cost * tiles / groups), [&](int64_t begin, int64_t end) {
-          const auto packed = buffer<T>(group_size), scratch = buffer<T>(products);
+          const auto own = buffer<T>(kept ? 0 : group_size), scratch = buffer<T>(products);
           for (int64_t g = begin; g < end; ++g) {
-            pack(g, packed.get());
+            const T* packed = kept ? kept.get() + g * group_size : own.get();
+            if (!kept) pack(g, own.get());
             for (int64_t t = 0; t < tiles; t += block)
-              kernels.output(a, t, std::min(tiles, t + block), inputs.get(), t, tiles, g,
-                             packed.get(), scratch.get());
+              kernels.output(a, t, std::min(tiles, t + block), inputs.get(), t, tiles, g, packed,
+                             scratch.get());
           }
         });
     return;
   }
-  const auto packed = buffer<T>(groups * group_size);
-  torch::stable::parallel_for(0, groups, grain(100 * a.depth), [&](int64_t begin, int64_t end) {
-    for (int64_t g = begin; g < end; ++g) pack(g, packed.get() + g * group_size);
-  });
+  const auto own = buffer<T>(kept ? 0 : groups * group_size);
+  if (!kept) pack_all(own.get());
+  const T* packed = kept ? kept.get() : own.get();
   torch::stable::parallel_for(0, blocks, grain(tile_cost * block), [&](int64_t begin, int64_t end) {
     const auto inputs = buffer<T>(kernels.input_size(a.depth, block));
     const auto scratch = buffer<T>(products);
@@ -71,7 +82,7 @@ void run_winograd(cpu::Winograd<T>& a, const Conv& conv, Algorithm algorithm, co
       const int64_t first = b * block, last = std::min(tiles, first + block);
       kernels.input(a, first, last, inputs.get(), 0, block);
       for (int64_t g = 0; g < groups; ++g)
-        kernels.output(a, first, last, inputs.get(), 0, block, g, packed.get() + g * group_size,
+        kernels.output(a, first, last, inputs.get(), 0, block, g, packed + g * group_size,
                        scratch.get());
     }
   });
