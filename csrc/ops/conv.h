@@ -50,6 +50,11 @@ cpu::Weights<T> weights_of(const Tensor& weight, bool transposed) {
 }
 
 enum class Algorithm { direct, winograd2, winograd4 };
+enum class Result { output, input_grad, weight_grad };
+
+// The algorithm that a name stands for; fails where it cannot compute this convolution.
+Algorithm choose_algorithm(const char* op, const Conv& conv, const std::string& name,
+                           ScalarType type, Result result);
 
 // The output, from NHWC input, and the gradient of the input from that of the convolution, g, whose
 // pixels are g_stride apart. Weights have their taps at one stride.
