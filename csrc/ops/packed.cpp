@@ -1,5 +1,6 @@
 #include "packed.h"
 
+#include <atomic>
 #include <map>
 #include <mutex>
 
@@ -20,6 +21,7 @@ struct Frozen {
 
 struct Table {
   std::mutex lock;
+  std::atomic<int64_t> count{0};  // of addresses
   std::map<int64_t, Frozen> frozen;
   int64_t bytes = 0;
 };
@@ -34,6 +36,7 @@ Table& table() {
 void freeze_weights(int64_t address) {
   const std::lock_guard guard(table().lock);
   ++table().frozen[address].count;
+  table().count = static_cast<int64_t>(table().frozen.size());
 }
 
 void thaw_weights(int64_t address) {
@@ -42,6 +45,7 @@ void thaw_weights(int64_t address) {
   if (at == table().frozen.end() || --at->second.count > 0) return;
   for (const auto& [kind, kept] : at->second.packed) table().bytes -= kept.bytes;
   table().frozen.erase(at);
+  table().count = static_cast<int64_t>(table().frozen.size());
 }
 
 template <class T>
@@ -50,8 +54,10 @@ std::shared_ptr<const T[]> kept_weights(const T* weights, const std::vector<int6
   const int64_t address = reinterpret_cast<int64_t>(weights);
   const int64_t bytes = size * static_cast<int64_t>(sizeof(T));
   Table& t = table();
+  if (t.count == 0) return nullptr;
   {
-    const std::lock_guard guard(t.lock);
+    const auto guard = lock_soon(t.lock);
+    if (!guard) return nullptr;
     const auto at = t.frozen.find(address);
     if (at == t.frozen.end()) return nullptr;
     const auto kept = at->second.packed.find(kind);

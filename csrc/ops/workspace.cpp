@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <mutex>
 #include <new>
 #include <vector>
 
@@ -35,15 +34,6 @@ Pool& pool() {
   return *pool;
 }
 
-// The pool's lock, which is held for a moment only. A call that does not get it soon, as in a child
-// forked while another thread held it, does without the pool.
-std::unique_lock<std::mutex> lock(Pool& p) {
-  constexpr int kTries = 4096;
-  std::unique_lock guard(p.lock, std::try_to_lock);
-  for (int i = 0; i < kTries && !guard; ++i) guard.try_lock();
-  return guard;
-}
-
 std::size_t& size_of(char* block) { return *reinterpret_cast<std::size_t*>(block); }
 
 // Large blocks are mapped: many of changing sizes, taken and given by several threads, would leave
@@ -71,10 +61,17 @@ void release(char* block) {
 
 }  // namespace
 
+std::unique_lock<std::mutex> lock_soon(std::mutex& lock) {
+  constexpr int kTries = 4096;
+  std::unique_lock guard(lock, std::try_to_lock);
+  for (int i = 0; i < kTries && !guard; ++i) guard.try_lock();
+  return guard;
+}
+
 void* take_memory(std::size_t bytes) {
   if (bytes >= kSmall) {
     Pool& p = pool();
-    const auto guard = lock(p);
+    const auto guard = lock_soon(p.lock);
     if (guard) {
       auto best = p.blocks.end();
       for (auto it = p.blocks.begin(); it != p.blocks.end(); ++it)
@@ -98,7 +95,7 @@ void give_memory(void* memory) {
   std::vector<char*> old;
   {
     Pool& p = pool();
-    const auto guard = lock(p);
+    const auto guard = lock_soon(p.lock);
     const int64_t bytes = size_of(block);
     if (!guard || size_of(block) < kSmall || bytes > budget) {
       old.push_back(block);
@@ -120,7 +117,7 @@ void set_memory_budget(int64_t bytes) {
   std::vector<char*> old;
   {
     Pool& p = pool();
-    const auto guard = lock(p);
+    const auto guard = lock_soon(p.lock);
     if (guard) {
       old.swap(p.blocks);
       p.bytes = 0;

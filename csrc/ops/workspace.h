@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 
 namespace mnp::ops {
 
@@ -14,6 +15,10 @@ void give_memory(void* memory);
 // Bytes that are kept at most; memory beyond them is freed when it is given back.
 void set_memory_budget(int64_t bytes);
 int64_t memory_budget();
+
+// A lock that is held for a moment only. A call that does not get it soon, as in a child forked
+// while another thread held it, does without.
+std::unique_lock<std::mutex> lock_soon(std::mutex& lock);
 
 struct GiveBack {
   void operator()(void* memory) const { give_memory(memory); }
