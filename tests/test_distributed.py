@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib import import_module
 
@@ -32,7 +33,8 @@ DATA = (CLEAN.images, CLEAN.labels)
 CONFIGS = {
     exposure: DefenseConfig(
         exposure=exposure, suppress_lr=0.1, suppress_accuracy=60.0, suppress_batch_size=16,
-        suspects=2, offset_steps=40, fit_epochs=3, fit_batch_size=10, fit_lr=0.1, max_pruned=0.5,
+        suspects=2, offset_steps=60, fit_epochs=3, fit_batch_size=10, fit_lr=0.1, max_pruned=0.5,
+        max_exposed=50.0, max_drop=100.0,
     )
     for exposure in ("offset", "weights")
 }  # fmt: skip
@@ -143,15 +145,25 @@ def work(rank, folder):
     dist.destroy_process_group()
 
 
+@contextmanager
+def one_thread():
+    """What runs here then takes as long as in a process beside others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """What one process finds, and what each of two does."""
     folder = tmp_path_factory.mktemp("distributed")
     save_weights(backdoored().state_dict(), folder / "model.safetensors")
     mp.spawn(work, (folder,), SIZE)
-    alone = json.loads(json.dumps(all_facts(folder, None)))
-    masked = wrapped_for_masks(folder)
-    alone["parallel"] = mask_gradients(masked, CLEAN.images[:40], CLEAN.labels[:40])
+    with one_thread():
+        alone = json.loads(json.dumps(all_facts(folder, None)))
+        masked = wrapped_for_masks(folder)
+        alone["parallel"] = mask_gradients(masked, CLEAN.images[:40], CLEAN.labels[:40])
     return alone, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(SIZE)]
 
 
