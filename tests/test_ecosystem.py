@@ -1,4 +1,4 @@
-"""Wrapped models under torch's tools, and unwrapped ones outside of torch.
+"""Wrapped models under torch's tools, and plain ones made of them outside of torch.
 
 Copies, pickles, state dicts, memory formats and hooks on modules: `test_wrap.py`, `test_fusion.py`.
 """
@@ -22,8 +22,11 @@ from mnp_fast.fusion import fused_blocks
 from .models import randomize
 from .ops.cases import relative_error
 
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 BATCH = ({0: torch.export.Dim.DYNAMIC},)
+PLAIN = {
+    "unwrap": mnp_fast.unwrap,
+    "compact": lambda masked: mnp_fast.compact(masked, (images(dtype=masked.fc.weight.dtype),)),
+}
 fused_or_apart = pytest.mark.parametrize("fuse", [True, False])
 
 
@@ -136,20 +139,22 @@ def test_export_of_a_wrapped_model(fuse, strict):
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_export_of_an_unwrapped_model_has_torch_s_operators_alone(strict):
+@pytest.mark.parametrize("plain_of", PLAIN)
+def test_export_of_a_plain_model_has_torch_s_operators_alone(plain_of, strict):
     masked, x = wrapped(), images(5)
-    plain = mnp_fast.unwrap(masked)
+    plain = PLAIN[plain_of](masked)
     program = torch.export.export(plain, (images(),), dynamic_shapes=BATCH, strict=strict)
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert {target.split(".")[0] for target in targets} == {"aten"}
     assert relative_error(program.module()(x), masked(x)) <= 1e-10
 
 
-def test_onnx_of_an_unwrapped_model(tmp_path):
+@pytest.mark.parametrize("plain_of", PLAIN)
+def test_onnx_of_a_plain_model(plain_of, tmp_path):
     masked, x = wrapped(dtype=torch.float32), images(5, torch.float32)
     path = tmp_path / "net.onnx"
     torch.onnx.export(
-        mnp_fast.unwrap(masked), (images(dtype=torch.float32),), path,
+        PLAIN[plain_of](masked), (images(dtype=torch.float32),), path,
         dynamo=True, dynamic_shapes=BATCH, verbose=False,
     )  # fmt: skip
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
