@@ -163,8 +163,7 @@ class _Defense:
             ensure_writable(self.checkpoint.parent)
             if self.checkpoint.exists():
                 self._resume(self.checkpoint)
-        if checkpoint is not None:
-            self.state = processes.gather(self.state)[0]
+        self.state = processes.gather(self.state)[0]
         self.progress = _progress(console if first else None)
 
     def run(self) -> DefenseResult:

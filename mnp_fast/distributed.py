@@ -18,7 +18,7 @@ from torch import distributed as dist
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-TIMEOUT = timedelta(minutes=5)  # of an exchange under torchrun; the others may load a checkpoint
+TIMEOUT = timedelta(minutes=10)  # of an exchange under torchrun; the others may still read images
 
 
 class Processes:
@@ -84,7 +84,9 @@ class Processes:
         """Overwrite tensors by those of the first process, so that rounding does not add up."""
         if self.size > 1:
             for tensor in tensors:
-                self._exchange(dist.broadcast, tensor.detach(), group_src=0)
+                dense = tensor.detach().contiguous()
+                self._exchange(dist.broadcast, dense, group_src=0)
+                tensor.detach().copy_(dense)
 
     def gather(self, value: Any) -> list[Any]:
         """A picklable value of every process."""
