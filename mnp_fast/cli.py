@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .config import DefenseConfig
+from .distributed import Processes, launched
 
 app = typer.Typer(
     help="Find and remove the neurons that carry a backdoor, from a small clean set.",
@@ -133,9 +134,12 @@ def defend(
         bool, typer.Option(help="Ignore the checkpoint of an interrupted run.")
     ] = False,
 ) -> None:
-    """Purify a model of your own with a small set of clean images."""
+    """Purify a model of your own with a small set of clean images.
+
+    Under torchrun, the processes share the work.
+    """
     resume_file = out / "checkpoint.pt"
-    with _reported(resume_file):
+    with _reported(resume_file), launched() as group:
         from . import io
         from .data import CleanSet
         from .defend import defend as run_defense
@@ -144,7 +148,9 @@ def defend(
         if (exported is None) == (model is None) or (model is None) != (checkpoint is None):
             raise ValueError("give either --model with --checkpoint, or --exported")
         config = DefenseConfig(**_settings(settings or []))
-        io.ensure_writable(out)
+        first = Processes(group).rank == 0  # the only one that writes
+        if first:
+            io.ensure_writable(out)
         images, labels = io.load_clean_data(
             data,
             image_size=image_size,
@@ -159,11 +165,13 @@ def defend(
             assert model is not None
             assert checkpoint is not None
             network = io.build_model(model, checkpoint)
-        if restart:
+        if restart and first:
             resume_file.unlink(missing_ok=True)
         result = run_defense(
-            network, (images, labels), config, checkpoint=resume_file, console=console
+            network, (images, labels), config, checkpoint=resume_file, console=console, group=group
         )
+        if not first:
+            return
         io.save_weights(result.model.state_dict(), out / "purified.safetensors")
         io.save_weights(result.masks, out / "masks.safetensors")
         report = write_report(result, out, title=f"Defense of {model or exported}")

@@ -9,16 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
+from .distributed import ALONE, Processes
 from .seeds import mixed
 
 
 @dataclass(frozen=True)
 class CleanSet:
-    """Images (N, *) and labels, int64 (N,), on one device."""
+    """Images (N, *) and labels, int64 (N,), on one device, and the processes that share them."""
 
     images: Tensor
     labels: Tensor
+    processes: Processes = ALONE
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -100,13 +103,15 @@ def check_model(model: nn.Module, data: CleanSet) -> int:
     Raises
     ------
     TypeError
-        `model` is not a module.
+        `model` is not a module, or is in a `DistributedDataParallel`.
     ValueError
         Weights with NaN or infinity, other devices than the data's, images that the model cannot
         process, outputs that are not logits (N, classes), labels beyond the classes.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(model, DistributedDataParallel):
+        raise TypeError("model is a DistributedDataParallel; give its .module and the group")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device != data.images.device:
             raise ValueError(
@@ -145,13 +150,16 @@ def check_model(model: nn.Module, data: CleanSet) -> int:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
-    """Logits (N, classes) of the model in its present mode."""
-    return torch.cat([model(part) for part in images.split(batch_size)])
+def predict(
+    model: nn.Module, images: Tensor, processes: Processes = ALONE, batch_size: int = 256
+) -> Tensor:
+    """Logits (N, classes) of the model in its present mode; the same in all processes."""
+    (mine,), _ = processes.part(images)
+    return processes.rows(torch.cat([model(part) for part in mine.split(batch_size)]), len(images))
 
 
 def evaluate(model: nn.Module, data: CleanSet) -> tuple[float, float]:
     """Accuracy in percent and mean cross-entropy in nats of the model in its present mode."""
-    logits = predict(model, data.images)
+    logits = predict(model, data.images, data.processes)
     accuracy = 100 * (logits.argmax(1) == data.labels).double().mean().item()
     return accuracy, F.cross_entropy(logits.double(), data.labels).item()

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ import torch
 
 from .config import DefenseConfig
 from .data import CleanSet, check_model, clean_set, evaluate
+from .distributed import Processes
 from .exposure import OffsetExposure, WeightExposure, is_conspicuous
 from .frozen import frozen_weights
 from .io import ensure_writable, load_checkpoint, save_checkpoint
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
     from torch import Tensor, nn
+    from torch.distributed import ProcessGroup
 
 SALIENCY_BATCH = 256
 
@@ -43,6 +45,7 @@ def defend(
     *,
     checkpoint: str | os.PathLike[str] | None = None,
     console: Console | None = None,
+    group: ProcessGroup | None = None,
 ) -> DefenseResult:
     """Find and remove the neurons that carry a backdoor, from a small clean set.
 
@@ -66,6 +69,10 @@ def defend(
         there. It is left for the caller to delete.
     console
         Where progress with the time left is shown; nowhere if not given.
+    group
+        Processes that share the work, such as `torch.distributed.group.WORLD`. Each of them calls
+        this with the same model, data and settings, and gets the result; the first one shows
+        progress and reads and writes the checkpoint.
 
     Returns
     -------
@@ -77,7 +84,9 @@ def defend(
     TypeError, ValueError
         Bad input, as `mnp_fast.wrap` and `DefenseConfig` say, and for data or weights that are
         empty, of wrong shapes, devices or ranges, or not finite; found before any work is done.
-        Also a checkpoint of another run.
+        Also a checkpoint of another run, or processes that were given different things.
+    ConnectionError
+        Another process failed, or did not answer within the group's timeout.
     CheckpointError
         The checkpoint is damaged.
     OSError
@@ -86,7 +95,7 @@ def defend(
     config = DefenseConfig() if config is None else config
     if not isinstance(config, DefenseConfig):
         raise TypeError(f"config must be a DefenseConfig, not {type(config).__name__}")
-    clean = clean_set(data)
+    clean = replace(clean_set(data), processes=Processes(group))
     check_model(model, clean)
     return _Defense(model, clean, config, checkpoint, console).run()
 
@@ -143,14 +152,20 @@ class _Defense:
             parameter.requires_grad_(False)
         for mask in masks(self.masked).values():
             mask.requires_grad_(True)
-        self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        processes = data.processes
+        first = processes.rank == 0
+        self.checkpoint = None if checkpoint is None or not first else Path(checkpoint)
         self.state = _State()
+        if checkpoint is not None or processes.size > 1:
+            self.fingerprint = _fingerprint(model, data, config)
+            if len(set(processes.gather(self.fingerprint))) > 1:
+                raise ValueError("processes were given different models, data, configs or versions")
         if self.checkpoint is not None:
             ensure_writable(self.checkpoint.parent)
-            self.fingerprint = _fingerprint(model, data, config)
             if self.checkpoint.exists():
                 self._resume(self.checkpoint)
-        self.progress = _progress(console)
+        self.state = processes.gather(self.state)[0]
+        self.progress = _progress(console if first else None)
 
     def run(self) -> DefenseResult:
         with self.progress, frozen_weights(self.masked):

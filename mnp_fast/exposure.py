@@ -57,6 +57,7 @@ class WeightExposure:
         config: DefenseConfig,
     ) -> None:
         self.others, self.target = data.images[data.labels != target], target
+        self.processes = data.processes
         self.model = wrap(suppressed, config.site, example_inputs=(data.images[:2],))
         self.model.eval().requires_grad_(False)
         for layer, mask in zip(
@@ -73,7 +74,7 @@ class WeightExposure:
 
     def success(self) -> float:
         """Percent of other classes' images that the exposed network takes for the suspect class."""
-        return _share(predict(self.model, self.others), self.target)
+        return _share(predict(self.model, self.others, self.processes), self.target)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs."""
@@ -104,7 +105,7 @@ class OffsetExposure:
         self, masked: nn.Module, data: CleanSet, target: int, config: DefenseConfig
     ) -> None:
         self.model, self.config, self.target = masked, config, target
-        self.others = data.images[data.labels != target]
+        self.others, self.processes = data.images[data.labels != target], data.processes
         self.low, self.high = (float(bound) for bound in data.images.aminmax())
         self.reach = max(self.high - self.low, torch.finfo(data.images.dtype).tiny)
         self.first = torch.zeros_like(data.images[:1])
@@ -117,8 +118,8 @@ class OffsetExposure:
         """
         self.first = self._search(self.config.offset_steps)
         self.offsets = [self.first]
-        reached = _share(predict(self.model, self._shifted(self.others, self.first)), self.target)
-        return self._mean_square(self.first).sqrt().item() if reached >= REACHED else math.inf
+        size = self._mean_square(self.first).sqrt().item()
+        return size if self._reached(self.first) >= REACHED else math.inf
 
     def renew(self, epoch: int) -> None:
         """Search once more, before every epoch but 0; every other time from the offset before."""
@@ -137,9 +138,7 @@ class OffsetExposure:
 
     def success(self) -> float:
         """Percent of other classes' images that the first offset, widened, sends to the class."""
-        return _share(
-            predict(self.model, self._shifted(self.others, WIDENED * self.first)), self.target
-        )
+        return self._reached(WIDENED * self.first)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs."""
@@ -157,6 +156,11 @@ class OffsetExposure:
         shifted = torch.where(shifted < self.low, self.low, shifted)
         return torch.where(shifted > self.high, self.high, shifted)
 
+    def _reached(self, offset: Tensor) -> float:
+        """Percent of other classes' images that an offset sends to the class."""
+        logits = predict(self.model, self._shifted(self.others, offset), self.processes)
+        return _share(logits, self.target)
+
     def _mean_square(self, offset: Tensor) -> Tensor:
         return (offset / self.reach).square().mean()
 
@@ -169,15 +173,17 @@ class OffsetExposure:
         offset = torch.zeros_like(self.others[:1]) if start is None else start.clone()
         offset.requires_grad_(True)
         optimizer = torch.optim.Adam([offset], lr=self.config.offset_lr * self.reach)
+        (others,), share = self.processes.part(self.others)
         with _constant(list(masks(self.model).values())):
             for _ in range(steps):
-                logits = self.model(self._shifted(self.others, offset))
+                logits = self.model(self._shifted(others, offset))
                 rivals = logits.clone()
                 rivals[:, self.target] = -torch.inf
                 hinge = (rivals.amax(1) - logits[:, self.target] + MARGIN).relu().mean()
-                optimizer.zero_grad()
-                (hinge + self.config.offset_decay * self._mean_square(offset)).backward()
+                loss = share * (hinge + self.config.offset_decay * self._mean_square(offset))
+                (offset.grad,) = self.processes.sum(torch.autograd.grad(loss, [offset]))
                 optimizer.step()
+        self.processes.equalize([offset])
         return offset.detach()
 
 

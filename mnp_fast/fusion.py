@@ -2,13 +2,14 @@
 
 A fused model keeps its class, modules and parameters. It gets a `forward` that runs the model's
 traced graph with every such block as one operator, channels-last in between. Where that could
-differ from the model's own `forward` (train mode, hooks on its modules, a compiler at work), its
-own runs.
+differ from the model's own `forward` (train mode, hooks on its modules, a compiler, a transform of
+`torch.func` or autocast at work), its own runs.
 """
 
 from __future__ import annotations
 
 import operator
+from types import CodeType, MethodType
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from .layers import (
     padded,
 )
 from .ops import masked_affine, masked_conv2d
+from .ops._common import in_transform
 from .ops.conv import allows, output_size
 from .region import Step, can_run, run
 
@@ -82,9 +84,19 @@ class FusedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         modules = list(self.root.modules())
-        if torch.compiler.is_compiling() or any(map(_differs, modules[1:])) or self.root.training:
+        if _is_watched() or any(map(_differs, modules[1:])) or self.root.training:
             return type(self.root).forward(self.root, *args, **kwargs)
         return self._current(modules)(*args, **kwargs)
+
+    @property
+    def __wrapped__(self) -> MethodType:
+        """The model's own `forward`, whose signature `torch.export` asks for."""
+        return MethodType(type(self.root).forward, self.root)
+
+    @property
+    def __code__(self) -> CodeType:
+        """That of the model's own `forward`, which `torch.export` asks for too."""
+        return type(self.root).forward.__code__
 
     def blocks(self) -> list[tuple[str, ...]]:
         """Names of the convolution and norm of every block, in the order they run."""
@@ -113,6 +125,16 @@ class FusedForward:
     def _identities(self, modules: list[nn.Module]) -> list[int]:
         tensors = [operator.attrgetter(name)(self.root) for name in self._tensors]
         return [id(part) for part in (*modules, *tensors)]
+
+
+def _is_watched() -> bool:
+    """Whether a tool is at work that must see every module run, or every operator of torch."""
+    return bool(
+        torch.compiler.is_compiling()
+        or in_transform()
+        or torch._C._is_any_autocast_enabled()
+        or nn.modules.module._has_any_global_hook()
+    )
 
 
 def _differs(module: nn.Module) -> bool:

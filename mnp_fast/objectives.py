@@ -62,23 +62,26 @@ class MaskFit:
 
     def epoch(self, number: int) -> float:
         """One pass over the clean set; returns the mean objective."""
-        config, total = self.config, 0.0
+        config, processes, total = self.config, self.data.processes, 0.0
         self.exposure.renew(number)
         batches = self.data.batches(config.fit_batch_size, config.seed, FIT, number)
         with seeded(self.data.images.device, config.seed, FIT, number):
-            for index, (images, labels) in enumerate(batches):
-                loss = self.loss(images, labels, number * len(batches) + index)
+            for index, batch in enumerate(batches):
+                (images, labels), share = processes.part(*batch)
+                part = share * self.loss(images, labels, number * len(batches) + index)
+                *grads, loss = processes.sum([*torch.autograd.grad(part, self.masks), part])
                 penalty = self.penalty()
                 mask_update_(
                     [mask.detach() for mask in self.masks],
-                    torch.autograd.grad(loss, self.masks),
+                    grads,
                     self.velocities,
                     self.magnitudes,
                     lr=config.fit_lr,
                     momentum=config.fit_momentum,
                     penalty=config.weight_penalty,
                 )
-                total += (loss.item() + config.weight_penalty * penalty) * len(labels)
+                total += (loss.item() + config.weight_penalty * penalty) * len(batch[0])
+        processes.equalize([*self.masks, *self.velocities])
         return total / len(self.data)
 
     def loss(self, images: Tensor, labels: Tensor, step: int) -> Tensor:

@@ -69,8 +69,8 @@ def saliency(masked: nn.Module, data: CleanSet, batch_size: int) -> dict[str, Sa
         A wrapped model in eval mode. Masks may have any value; they and all gradients stay as they
         are.
     data
-        The clean set. Results depend neither on the order of its samples nor on `batch_size`, up to
-        rounding.
+        The clean set. Results depend neither on the order of its samples nor on `batch_size` or the
+        number of processes that share it, up to rounding.
     batch_size
         Samples in a batch, at least 1.
 
@@ -97,7 +97,8 @@ def saliency(masked: nn.Module, data: CleanSet, batch_size: int) -> dict[str, Sa
     mixed = _layers_mixing_samples(masked, data.images[:2])
     given = torch.cat(list(values.values()))
     totals = given.new_zeros(3, len(given))
-    batches = zip(data.images.split(batch_size), data.labels.split(batch_size), strict=True)
+    mine, share = data.processes.part(data.images, data.labels)
+    batches = zip(*(part.split(batch_size) for part in mine), strict=True)
     with _frozen(masked), torch.enable_grad():
         for images, labels in batches:
             rows = {
@@ -110,6 +111,7 @@ def saliency(masked: nn.Module, data: CleanSet, batch_size: int) -> dict[str, Sa
             grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
             changes = given * torch.cat([_per_sample(grad, len(labels)) for grad in grads], 1)
             totals += torch.stack([changes.sum(0), changes.abs().sum(0), changes.square().sum(0)])
+    (totals,) = data.processes.sum([totals if share else torch.zeros_like(totals)])
     means = (totals / len(data)).split([len(value) for value in values.values()], 1)
     result = {}
     for (name, value), mean in zip(values.items(), means, strict=True):

@@ -30,6 +30,9 @@ def suppress(
     gradient's norm clipped, because longer ones fool the network in arbitrary ways. It stops after
     the step at which the accuracy on the clean set is low enough.
 
+    Several processes all make the same steps, whose batch norms need the whole batch, and share
+    the accuracy after each of them, which is most of the work.
+
     Parameters
     ----------
     model
@@ -75,6 +78,7 @@ def suppress(
                     raise ValueError(f"suppress_lr {config.suppress_lr} is too large: loss {loss}")
                 if accuracy <= config.suppress_accuracy:
                     break
+        data.processes.equalize([*parameters, *model.buffers()])
         yield accuracy, loss
         if accuracy <= config.suppress_accuracy:
             return
@@ -86,7 +90,7 @@ def favoured_classes(suppressed: nn.Module, data: CleanSet) -> list[int]:
     By mean softmax; in a backdoored network the attacker's class is among the first as a rule. A
     class that all images belong to is left out.
     """
-    probabilities = predict(suppressed, data.images).softmax(1)
+    probabilities = predict(suppressed, data.images, data.processes).softmax(1)
     own = F.one_hot(data.labels, probabilities.shape[1]).bool()
     counts = (~own).sum(0)
     means = probabilities.masked_fill(own, 0).sum(0) / counts.clamp(min=1)

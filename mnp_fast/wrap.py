@@ -50,8 +50,8 @@ def wrap(
         Whether a convolution, its norm, an addition and a ReLU run as one operator in eval mode,
         where the model can be traced symbolically. What its `forward` decides by attributes of
         modules, other than `training`, is then decided once. A model with hooks on its modules, or
-        under `torch.compile`, runs as if it were not fused; so does one that changes a value in
-        place and reads it by another name.
+        under `torch.compile`, `torch.export`, transforms of `torch.func` or autocast, runs as if it
+        were not fused; so does one that changes a value in place and reads it by another name.
 
     Returns
     -------

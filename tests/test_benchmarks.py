@@ -1,11 +1,12 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from typer import Typer
 from typer.testing import CliRunner
 
-from benchmarks import chart, layers, machine, run
+from benchmarks import chart, layers, machine, run, scaling
 from benchmarks.timing import OURS, Case, measure
 
 SUITES = [suite.value for suite in run.Suite]
@@ -146,3 +147,14 @@ def test_chart_without_figures(tmp_path):
     result = call(chart.main, "--results", tmp_path)
     assert result.exit_code == 2
     assert "make bench" in result.output
+
+
+def test_the_table_of_the_docs_is_what_the_model_of_cost_gives(capsys):
+    scaling.main(samples=500, exchange=1.0)
+    docs = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
+    assert capsys.readouterr().out in docs
+
+
+def test_a_phase_scales_up_to_its_batch():
+    assert scaling.step_time("fit", 500, 25, 0) == scaling.step_time("fit", 500, 100, 0) == 4
+    assert scaling.step_time("expose", 10, 4, 0.5) == 2 * 3 + 0.5

@@ -54,6 +54,19 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def in_transform() -> bool:
+    """Whether a transform of `torch.func` is at work: they see through torch's operators alone."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def autocast(t: Tensor) -> Tensor:
+    """A tensor in the dtype in which autocast, if it is enabled, has convolutions computed."""
+    device = t.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return t
+    return t if t.dtype == torch.float64 else t.to(torch.get_autocast_dtype(device))
+
+
 def vector_grads(
     sums: Tensor, vectors: tuple[Tensor | None, ...], needed: tuple[bool, ...]
 ) -> list[Tensor | None]:

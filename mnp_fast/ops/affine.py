@@ -11,6 +11,7 @@ from .. import reference
 from ._common import (
     compute_dtype,
     default_kernel,
+    in_transform,
     is_channels_last,
     no_double_backward,
     vector_grads,
@@ -28,6 +29,8 @@ def masked_affine(
     activation: str = "none",
 ) -> Tensor:
     """``act(mask * (scale * x + shift) + bias + residual)``, differentiable once in every tensor.
+
+    Inside transforms of `torch.func` as `masked_conv2d`.
 
     Parameters
     ----------
@@ -53,6 +56,9 @@ def masked_affine(
     RuntimeError
         Shapes, dtypes, devices or options that do not fit together; the message names the argument.
     """
+    if in_transform():
+        y = reference.masked_affine(x, mask, scale, shift, bias, residual, activation)
+        return y.to(x.dtype)
     return torch.ops.mnp_fast.masked_affine(x, mask, scale, shift, bias, residual, activation)
 
 

@@ -11,9 +11,11 @@ from torch.nn import functional as F
 
 from .. import reference
 from ._common import (
+    autocast,
     compute_dtype,
     default_kernel,
     empty_like_layout,
+    in_transform,
     no_double_backward,
     vector_grads,
     wants_grad,
@@ -51,6 +53,8 @@ def masked_conv2d(
 
     Computes ``act(mask * (scale * conv2d(x, weight) + shift) + bias + residual)``. Differentiable
     in every tensor once; gradients that nobody asks for are not computed, the weight's above all.
+    Under autocast, x, weight and residual are cast as by torch's convolution. Inside transforms of
+    `torch.func` it is computed by torch's operators, and differentiable any number of times.
 
     Parameters
     ----------
@@ -94,21 +98,14 @@ def masked_conv2d(
     RuntimeError
         Shapes, dtypes, devices or options that do not fit together; the message names the argument.
     """
+    x, weight = autocast(x), autocast(weight)
+    residual = None if residual is None else autocast(residual)
+    tensors = (x, weight, mask, scale, shift, bias, residual)
+    geometry = (_pair(stride), _pair(padding), _pair(dilation), groups)
+    if in_transform():
+        return reference.masked_conv2d(*tensors, *geometry, activation).to(x.dtype)
     return torch.ops.mnp_fast.masked_conv2d(
-        x,
-        weight,
-        mask,
-        scale,
-        shift,
-        bias,
-        residual,
-        _pair(stride),
-        _pair(padding),
-        _pair(dilation),
-        groups,
-        activation,
-        wants_grad(mask, scale),
-        algorithm,
+        *tensors, *geometry, activation, wants_grad(mask, scale), algorithm
     )[0]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
+from ._common import autocast
 from .affine import masked_affine
 
 
@@ -27,7 +28,7 @@ def masked_linear(
     Parameters
     ----------
     x
-        Input (N, *, C) or (C,); dtypes as in `masked_conv2d`.
+        Input (N, *, C) or (C,); dtypes, autocast and transforms as in `masked_conv2d`.
     weight
         (K, C), in x's dtype.
     mask, scale, shift, bias
@@ -64,7 +65,7 @@ def masked_linear(
         scale,
         shift,
         bias,
-        None if residual is None else _as_image(residual),
+        None if residual is None else _as_image(autocast(residual)),
         activation=activation,
     )
     return y.movedim(1, -1).reshape(shape)

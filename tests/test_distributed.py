@@ -1,0 +1,275 @@
+"""Two processes that share the work, compared with one; over gloo."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from datetime import timedelta
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+from torch import distributed as dist
+from torch import multiprocessing as mp
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import mnp_fast
+from mnp_fast import DefenseConfig, defend
+from mnp_fast.data import CleanSet, predict
+from mnp_fast.distributed import Processes
+from mnp_fast.io import load_weights, save_weights
+from mnp_fast.stats import saliency
+
+from .test_cli import FACTORY
+from .trained import backdoored, small_net, stripes
+
+SIZE = 2
+CLEAN = stripes(41, seed=2)  # odd, and with batches of 10 the last one has fewer than processes
+DATA = (CLEAN.images, CLEAN.labels)
+CONFIGS = {
+    exposure: DefenseConfig(
+        exposure=exposure, suppress_lr=0.1, suppress_accuracy=60.0, suppress_batch_size=16,
+        suspects=2, offset_steps=60, fit_epochs=3, fit_batch_size=10, fit_lr=0.1, max_pruned=0.5,
+        max_exposed=50.0, max_drop=100.0,
+    )
+    for exposure in ("offset", "weights")
+}  # fmt: skip
+
+
+def model_of(folder):
+    model = small_net()
+    model.load_state_dict(load_weights(folder / "model.safetensors"))
+    return model.eval()
+
+
+def facts(result):
+    return {
+        "masks": {name: mask.tolist() for name, mask in result.masks.items()},
+        "saliency": {name: layer.saliency.tolist() for name, layer in result.neurons.items()},
+        "pruned": [(neuron.layer, neuron.index) for neuron in result.pruned],
+        "target": result.target,
+        "offset_sizes": [result.offset_sizes.get(label, -1.0) for label in range(4)],
+        "curve": [(point.accuracy, point.exposed) for point in result.curve],
+        "losses": [record.loss for record in result.history],
+        "weights": {name: value.tolist() for name, value in result.model.state_dict().items()},
+    }
+
+
+def all_facts(folder, group):
+    model = model_of(folder)
+    shared = CleanSet(*DATA, Processes(group))
+    masked = mnp_fast.wrap(model)
+    found = {
+        "saliency": {name: [part.tolist() for part in layer] for name, layer in
+                     saliency(masked, shared, 8).items()},
+        "few": predict(model, CLEAN.images[:1], shared.processes).tolist(),
+    }  # fmt: skip
+    for exposure, config in CONFIGS.items():
+        found[exposure] = facts(defend(model, DATA, config, group=group))
+    return found
+
+
+def mask_gradients(masked, images, labels):
+    """Through `forward` of a wrapped model, or of a DistributedDataParallel of it."""
+    F.cross_entropy(masked(images), labels).backward()
+    return {
+        name.removeprefix("module."): parameter.grad.tolist()
+        for name, parameter in masked.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def wrapped_for_masks(folder):
+    masked = mnp_fast.wrap(model_of(folder)).requires_grad_(False)
+    for mask in mnp_fast.masks(masked).values():
+        mask.requires_grad_(True)
+    return masked
+
+
+def error_of(function, *args, **kwargs):
+    try:
+        function(*args, **kwargs)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def interrupted_and_resumed(folder, group):
+    """A run that stops in every process after an epoch of fitting, and its second half."""
+    module = import_module("mnp_fast.defend")
+    epoch, path = module.MaskFit.epoch, folder / "checkpoint.pt"
+
+    def stops(self, number):
+        if number == 1:
+            raise InterruptedError
+        return epoch(self, number)
+
+    config = CONFIGS["offset"]
+    module.MaskFit.epoch = stops
+    try:
+        defend(model_of(folder), DATA, config, checkpoint=path, group=group)
+    except InterruptedError:
+        pass
+    finally:
+        module.MaskFit.epoch = epoch
+    assert path.exists()
+    return facts(defend(model_of(folder), DATA, config, checkpoint=path, group=group))
+
+
+def join(rank, folder, name, seconds=60):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / name}", rank=rank, world_size=SIZE,
+        timeout=timedelta(seconds=seconds),
+    )  # fmt: skip
+    return dist.group.WORLD
+
+
+def work(rank, folder):
+    group = join(rank, folder, "work")
+    found = all_facts(folder, group)
+    found["resumed"] = interrupted_and_resumed(folder, group)
+    (images, labels), _ = Processes(group).part(CLEAN.images[:40], CLEAN.labels[:40])
+    parallel = DistributedDataParallel(wrapped_for_masks(folder))
+    found["parallel"] = mask_gradients(parallel, images, labels)
+    found["refused"] = error_of(defend, parallel, DATA, group=group)
+    other = DefenseConfig(seed=rank)
+    found["differing"] = error_of(defend, model_of(folder), DATA, other, group=group)
+    groups = [dist.new_group([member]) for member in range(SIZE)]
+    found["outside"] = error_of(Processes, groups[1 - rank])
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+@contextmanager
+def one_thread():
+    """What runs here then takes as long as in a process beside others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """What one process finds, and what each of two does."""
+    folder = tmp_path_factory.mktemp("distributed")
+    save_weights(backdoored().state_dict(), folder / "model.safetensors")
+    mp.spawn(work, (folder,), SIZE)
+    with one_thread():
+        alone = json.loads(json.dumps(all_facts(folder, None)))
+        masked = wrapped_for_masks(folder)
+        alone["parallel"] = mask_gradients(masked, CLEAN.images[:40], CLEAN.labels[:40])
+    return alone, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(SIZE)]
+
+
+def assert_close(actual, expected, tolerance):
+    torch.testing.assert_close(
+        {name: torch.tensor(value) for name, value in actual.items()},
+        {name: torch.tensor(value) for name, value in expected.items()},
+        rtol=tolerance, atol=tolerance, equal_nan=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("exposure", CONFIGS)
+def test_two_processes_find_what_one_does(exposure, runs):
+    alone, both = (runs[0][exposure], [found[exposure] for found in runs[1]])
+    assert both[0] == both[1]  # bit for bit
+    for name in ("target", "pruned"):
+        assert both[0][name] == alone[name]
+    assert len(alone["pruned"]) > 0
+    assert min(map(min, alone["masks"].values())) < 0.5
+    assert_close(both[0]["masks"], alone["masks"], 1e-4)
+    assert_close(both[0]["saliency"], alone["saliency"], 1e-4)
+    assert_close(both[0]["weights"], alone["weights"], 1e-6)
+    for name in ("offset_sizes", "curve", "losses"):
+        assert_close({name: both[0][name]}, {name: alone[name]}, 1e-4)
+
+
+def test_statistics_are_those_of_one_process(runs):
+    alone, both = runs
+    for found in both:
+        for layer, expected in alone["saliency"].items():
+            assert_close({layer: found["saliency"][layer]}, {layer: expected}, 1e-5)
+
+
+def test_fewer_samples_than_processes(runs):
+    alone, both = runs
+    assert both[0]["few"] == both[1]["few"] == alone["few"]
+
+
+def test_a_resumed_run_is_the_same(runs):
+    for found in runs[1]:
+        assert found["resumed"] == found["offset"]
+
+
+def test_masks_in_a_distributed_data_parallel(runs):
+    alone, both = runs
+    for found in both:
+        assert_close(found["parallel"], alone["parallel"], 1e-6)
+
+
+def test_misuse_is_named(runs):
+    for found in runs[1]:
+        assert found["refused"].startswith("TypeError: model is a DistributedDataParallel")
+        assert found["differing"].startswith("ValueError: processes were given different models")
+        assert found["outside"] == "ValueError: group: this process is not in it"
+
+
+def fail(rank, folder):
+    """One process fails and lives on; the other must not wait for it forever."""
+    group = join(rank, folder, "fail", seconds=5)
+    model, done = model_of(folder), folder / "done"
+    if rank == 1:
+        model[0].register_forward_hook(lambda *_: torch.zeros(1)[5])
+        (folder / "own").write_text(error_of(defend, model, DATA, group=group))
+        while not done.exists():
+            time.sleep(0.1)
+    else:
+        (folder / "others").write_text(error_of(defend, model, DATA, group=group))
+        done.touch()
+
+
+def test_a_process_that_fails_does_not_hang_the_others(tmp_path):
+    save_weights(backdoored().state_dict(), tmp_path / "model.safetensors")
+    mp.spawn(fail, (tmp_path,), SIZE)
+    assert "index 5 is out of bounds" in (tmp_path / "own").read_text()
+    expected = "ConnectionError: process 0 of 2 lost the others: one of them failed"
+    assert (tmp_path / "others").read_text().startswith(expected)
+
+
+def run_command(launcher, folder, out):
+    command = [
+        *launcher, "-m", "mnp_fast.cli", "defend", "--model", f"{folder / 'factory.py'}:small_net",
+        "--checkpoint", folder / "model.safetensors", "--data", folder / "data.npz", "--out", out,
+        "--set", "max_pruned=0.5", "--set", "fit_epochs=2", "--set", "suspects=2",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_command_under_torchrun(tmp_path):
+    save_weights(backdoored().state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "factory.py").write_text(FACTORY)
+    np.savez(tmp_path / "data.npz", images=CLEAN.images.numpy(), labels=CLEAN.labels.numpy())
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    outputs = [
+        run_command(launcher, tmp_path, tmp_path / out)
+        for launcher, out in (([sys.executable], "one"), (torchrun, "two"))
+    ]
+    one, two = (
+        [line for line in text.splitlines() if "neurons pruned" in line] for text in outputs
+    )
+    assert len(one) == 1
+    assert one == two
+    masks = [load_weights(tmp_path / out / "masks.safetensors") for out in ("one", "two")]
+    torch.testing.assert_close(*masks, rtol=0, atol=1e-4)
+    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(
+        p.name for p in (tmp_path / "one").iterdir()
+    )
