@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from .dataflow import Tracer
+from .dataflow import trace
 from .layers import (
     MaskedBatchNorm2d,
     MaskedConv2d,
     MaskedLayer,
+    MaskedSyncBatchNorm,
     block_terms,
     padded,
 )
@@ -28,7 +29,7 @@ from .ops.conv import allows, output_size
 from .region import Step, can_run, run
 
 _CONVS = (nn.Conv2d, MaskedConv2d)
-_NORMS = (nn.BatchNorm2d, MaskedBatchNorm2d)
+_NORMS = (nn.BatchNorm2d, MaskedBatchNorm2d, nn.SyncBatchNorm, MaskedSyncBatchNorm)
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, nn.ReLU, "relu", "relu_"}
 # What takes images of any memory format; a result may have the one it was given.
@@ -93,7 +94,7 @@ class FusedForward:
     def _current(self, modules: list[nn.Module]) -> fx.GraphModule:
         """The graph, built anew where modules or tensors of the root were replaced."""
         if self._graph is None or self._identities(modules) != self._seen:
-            graph = _traced(self.root)
+            graph = trace(self.root)
             self._tensors = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
             _fuse(graph, self.root, self.algorithm)
             blocks = [node for node in graph.nodes if node.target is run_block]
@@ -120,16 +121,6 @@ def _differs(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
-
-
-def _traced(model: nn.Module) -> fx.Graph:
-    """The graph in eval mode: `training` is read, and kept, by a trace."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        return Tracer().trace(model.eval())
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def fuse_blocks(masked: nn.Module, algorithm: str) -> None:

@@ -71,7 +71,7 @@ class MaskFit:
                 penalty = self.penalty()
                 mask_update_(
                     [mask.detach() for mask in self.masks],
-                    torch.autograd.grad(loss, self.masks),
+                    torch.autograd.grad(loss, self.masks, materialize_grads=True),
                     self.velocities,
                     self.magnitudes,
                     lr=config.fit_lr,
