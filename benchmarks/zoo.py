@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple, Optional
 
 import torch
@@ -34,29 +35,30 @@ TOLERANCE = 1e-9  # of a relative error, in float64
 
 HEAD = """# Architectures
 
-Networks of torchvision (`tv:`) and timm with random weights, small images, a batch of 2, in float64.
-Of every one it is checked, with a tolerance of 1e-9:
+Networks of torchvision (`tv:`) and timm with random weights, on small images, in float64. Of every
+one it is checked, with a tolerance of 1e-9:
 
 - outputs while all masks are 1, fused and not, against the plain model;
-- outputs and gradients of masks between 0 and 1, a tenth of them 0, fused and not, against the plain
-  model with masks multiplied in by hooks, which is their definition;
+- outputs and gradients of masks between 0 and 1, a tenth of them 0, fused and not, against the
+  plain model with masks multiplied in by hooks, which is their definition;
 - outputs of the unwrapped model at these masks.
 
 "Without mask" are convolutions and linear layers that have neither a mask nor a masked norm behind
 them: those that make the output, subclasses of torch's layers, and layers whose weights are used
 without calling them. "Blocks" run as one operator. Seconds are for all checks. Printed by
 `python -m benchmarks.zoo --json benchmarks/results/zoo.json`, then `--page`, with """
-COLUMNS = """| family | network | outcome | why | masked layers | neurons | blocks | without mask | error | s |
-|---|---|---|---|---|---|---|---|---|---|
-"""
+COLUMNS = (
+    "| family | network | outcome | why | masked layers | neurons | blocks | without mask "
+    "| error | s |\n|---|---|---|---|---|---|---|---|---|---|\n"
+)
 
 
 class Entry(NamedTuple):
-    """An architecture: a name, with `tv:` in front for torchvision, the side of its images, ..."""
+    """A name, with `tv:` in front for torchvision; the side of images; what its maker is told."""
 
     name: str
     size: int = 64
-    options: dict[str, Any] = {}  # ... and what its constructor is told
+    options: Mapping[str, Any] = MappingProxyType({})
 
 
 def _sized(name: str, size: int = 64, **options: Any) -> Entry:
@@ -256,13 +258,14 @@ def _by_hooks(
 ) -> tuple[Tensor, list[Tensor]]:
     """Output and gradients of masks by hooks on the plain model, the masks' definition."""
     model.requires_grad_(False)
-    masks, hooks, weights = [], [], {}
+    masks, hooks = [], []
+    weights: dict[str, Tensor] = {}
     for name, layer in masked_layers(masked).items():
         mask = layer.mask.detach().clone().requires_grad_()
         module = model.get_submodule(name)
         if isinstance(layer, MaskedHeads):
             columns = mask.repeat_interleave(layer.in_features // layer.heads)
-            weights[f"{name}.weight"] = module.weight * columns
+            weights[f"{name}.weight"] = model.get_parameter(f"{name}.weight") * columns
         else:
             hooks.append(module.register_forward_hook(partial(_multiply, mask, layer.site)))
         masks.append(mask)
@@ -273,7 +276,7 @@ def _by_hooks(
 
 
 def _multiply(mask: Tensor, site: str, layer: nn.Module, args: Any, y: Tensor) -> Tensor:
-    kept = None if site == "neuron" else layer.bias
+    kept = None if site == "neuron" else dict(layer.named_parameters()).get("bias")
     axis = -1 if isinstance(layer, nn.Linear) else 1
     y = y.movedim(axis, -1)
     y = y * mask if kept is None else (y - kept) * mask + kept

@@ -35,8 +35,20 @@ def check_copies(model: nn.Module) -> None:
                 )
 
 
-def is_quantized(module: nn.Module) -> bool:
-    """Whether a module is one of torch's quantised ones."""
+def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The quantised modules of a model by name, without those inside of others."""
+    found: dict[str, nn.Module] = {}
+    inside = set()
+    for name, module in model.named_modules():
+        within = name.rpartition(".")[0] in inside
+        if within or _is_quantized(module):
+            inside.add(name)
+        if _is_quantized(module) and not within:
+            found[name] = module
+    return found
+
+
+def _is_quantized(module: nn.Module) -> bool:
     return type(module).__module__.startswith(_QUANTIZED)
 
 
@@ -49,7 +61,7 @@ def check_weights(name: str, module: nn.Module) -> None:
         Naming the layer, and what to do about it.
     """
     weight = getattr(module, "weight", None)
-    if is_quantized(module):
+    if _is_quantized(module):
         why = "is quantised: wrap the model before it is"
     elif parametrize.is_parametrized(module):
         why = "is parametrised: call torch.nn.utils.parametrize.remove_parametrizations first"

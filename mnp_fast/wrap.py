@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .dataflow import NORM, Flow, data_flow
+from .dataflow import LAYERS, NORM, Flow, data_flow
 from .fusion import FusedForward, fuse_blocks
 from .layers import (
     MaskedBatchNorm1d,
@@ -25,7 +26,7 @@ from .layers import (
     MaskedLinear,
     MaskedSyncBatchNorm,
 )
-from .maskable import Selector, check_copies, check_weights, is_quantized, select
+from .maskable import Selector, check_copies, check_weights, quantized_modules, select
 from .ops.conv import ALGORITHMS, allows
 
 SITES = ("auto", "neuron", "norm", "filter")
@@ -120,18 +121,21 @@ def wrap(
     masked = copy.deepcopy(model)
     flow = data_flow(masked, example_inputs)
     targets = _targets(masked, flow, site)
-    quantized = {name: m for name, m in masked.named_modules() if is_quantized(m)}
-    candidates = {name: module for name, (module, _) in targets.items()} | quantized
+    candidates = {name: module for name, (module, _) in targets.items()}
+    candidates |= quantized_modules(masked)
     chosen = select(candidates, include, exclude)
-    for name in chosen:
+    for name in sorted(chosen):
         check_weights(name, candidates[name])
         check_weights(name, masked.get_submodule(name))
     if not chosen:
-        kinds = ", ".join(cls.__name__ for cls in _MASKED)
+        kinds = Counter(
+            type(module).__name__ for module in masked.modules() if isinstance(module, LAYERS)
+        )
+        held = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none"
         raise ValueError(
-            f"{type(model).__name__} has nothing to mask at site {site!r}: no layer of kind "
-            f"{kinds} but those that make its output, run in another way than by their own "
-            "forward, or are left out"
+            f"{type(model).__name__} has nothing to mask at site {site!r}. Masks are for layers of "
+            "torch's own classes that run by their own forward, are not left out, and do not make "
+            f"the output; its layers are: {held}"
         )
     for name, (module, chosen_site) in targets.items():
         if name not in chosen:
