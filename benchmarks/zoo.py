@@ -347,6 +347,7 @@ def main(
     if page:
         (ROOT / "docs" / "zoo.md").write_text(_page(json.loads(STORE.read_text())))
         return
+    torch.set_num_threads(1)  # inputs are too small for more
     rows = []
     for family, entries in FAMILIES.items():
         for entry in entries[:1] if quick else entries:

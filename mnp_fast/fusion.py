@@ -32,8 +32,16 @@ _CONVS = (nn.Conv2d, MaskedConv2d)
 _NORMS = (nn.BatchNorm2d, MaskedBatchNorm2d, nn.SyncBatchNorm, MaskedSyncBatchNorm)
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, nn.ReLU, "relu", "relu_"}
+_ELEMENTWISE = {
+    *(nn.CELU, nn.ELU, nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.Mish),
+    *(nn.PReLU, nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Tanh),
+    *(F.celu, F.elu, F.gelu, F.hardsigmoid, F.hardswish, F.hardtanh, F.leaky_relu, F.mish),
+    *(F.relu6, F.selu, F.silu, F.softplus),
+    *(torch.sigmoid, torch.tanh, "sigmoid", "tanh"),
+}
 # What takes images of any memory format; a result may have the one it was given.
 _ANY_FORMAT = {
+    *_ELEMENTWISE,
     *_ADDS,
     *_RELUS,
     *_CONVS,

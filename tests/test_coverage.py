@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -198,6 +199,23 @@ def test_every_activation(activation, fuse):
         network(FRONTS["batch norm"], activation), non_contiguous(4, 3, 7, 5), "auto", fuse
     )
     assert list(mnp_fast.masks(masked)) == ["1", "4", "8"]
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU, nn.Hardswish, nn.GELU, nn.Sigmoid])
+def test_activations_take_images_as_they_are(activation):
+    """A block's images are channels-last, and are copied only for what may ask for other ones."""
+    seen = []
+
+    def spy(self, x):
+        seen.append(x.is_contiguous(memory_format=torch.channels_last))
+        return activation.forward(self, x)
+
+    layer = activation()
+    layer.forward = partial(spy, layer)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), layer, nn.AvgPool2d(2), nn.Conv2d(6, 4, 3))
+    masked = mnp_fast.wrap(model.eval())
+    masked(torch.randn(2, 3, 9, 9))
+    assert seen == [True]
 
 
 def check_model(model, x, site="auto", fuse=True, **options):
