@@ -2,7 +2,7 @@
 
 python -m benchmarks.zoo            # all of them, some minutes; needs the extra `zoo`
 python -m benchmarks.zoo --quick    # the first of every family
-python -m benchmarks.zoo --page     # docs/zoo.md from the stored figures alone
+python -m benchmarks.zoo --page     # docs/zoo.md, from docs/results/zoo.json alone
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mnp_fast.layers import MaskedHeads, MaskedLayer
 from mnp_fast.wrap import masked_layers
 
 ROOT = Path(__file__).parent.parent
-STORE = ROOT / "benchmarks" / "results" / "zoo.json"
+STORE = ROOT / "docs" / "results" / "zoo.json"
 PACKAGES = ("torch", "torchvision", "timm")
 TOLERANCE = 1e-9  # of a relative error, in float64
 
@@ -46,7 +46,7 @@ one it is checked, with a tolerance of 1e-9:
 "Without mask" are convolutions and linear layers that have neither a mask nor a masked norm behind
 them: those that make the output, subclasses of torch's layers, and layers whose weights are used
 without calling them. "Blocks" run as one operator. Seconds are for all checks. Printed by
-`python -m benchmarks.zoo --json benchmarks/results/zoo.json`, then `--page`, with """
+`python -m benchmarks.zoo --json docs/results/zoo.json`, then `--page`, with """
 COLUMNS = (
     "| family | network | outcome | why | masked layers | neurons | blocks | without mask "
     "| error | s |\n|---|---|---|---|---|---|---|---|---|---|\n"
@@ -179,7 +179,7 @@ def build(entry: Entry) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             # Constants at the start, zeros above all, would hide what a mask does.
-            if parameter.numel() > 1 and (parameter == parameter.flatten()[0]).all():
+            if (parameter == parameter.flatten()[0]).all():
                 if parameter.abs().max() < 0.01:
                     nn.init.uniform_(parameter, -0.5, 0.5)
                 else:

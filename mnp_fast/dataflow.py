@@ -126,7 +126,8 @@ def _traced_flow(model: nn.Module, graph: fx.Graph) -> Flow:
         if norm is not None:
             source = node.args[0] if node.args else node.kwargs["input"]
             read_by_others = isinstance(source, fx.Node) and len(source.users) > 1
-            pairs.add(norm, None if read_by_others else called(source, WEIGHTED))
+            layer = None if read_by_others else called(source, WEIGHTED)
+            pairs.add(norm, layer if _has_channels_of(layer, norm, model) else None)
     norm_inputs = pairs.unique()
 
     def starts_layer(node: fx.Node) -> bool:
@@ -151,6 +152,15 @@ def _owners(model: nn.Module) -> dict[int, set[str]]:
             for parameter in module.parameters(recurse=False):
                 owners.setdefault(id(parameter), set()).add(name)
     return owners
+
+
+def _has_channels_of(layer: str | None, norm: str, model: nn.Module) -> bool:
+    """Whether a norm's channels can be a layer's neurons: a linear one's are on the last axis."""
+    if layer is None:
+        return False
+    module = model.get_submodule(layer)
+    neurons = getattr(module, "out_features", getattr(module, "out_channels", None))
+    return isinstance(module, WEIGHTED) and neurons == model.get_submodule(norm).num_features
 
 
 class _Pairs:
@@ -198,7 +208,7 @@ class _Recording(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.owners = _owners(model)
-        self.modules = dict(model.named_modules())
+        self.model = model
         self.running: list[str] = []  # layers, one inside the other
         self.calls: list[_Call] = []
         self.read: set[str] = set()
@@ -247,10 +257,11 @@ class _Recording(TorchFunctionMode):
         """What was recorded, given what the model returned."""
         pairs = _Pairs()
         for call in self.calls:
-            if isinstance(self.modules[call.name], NORM):
-                alone = call.made_by is not None and self.readers[call.input] == 1
-                weighted = alone and isinstance(self.modules[str(call.made_by)], WEIGHTED)
-                pairs.add(call.name, call.made_by if weighted else None)
+            if isinstance(self.model.get_submodule(call.name), NORM):
+                layer = call.made_by if self.readers[call.input] == 1 else None
+                pairs.add(
+                    call.name, layer if _has_channels_of(layer, call.name, self.model) else None
+                )
         norm_inputs = pairs.unique()
         last = self._read(_tensors(result)) or {call.name for call in self.calls[-1:]}
         followed = (call.sources for call in self.calls if call.name not in norm_inputs)

@@ -11,6 +11,9 @@ site       with batch norm                      without              what mask 0
 `norm`     ``m * gamma * xhat + beta``                               the constant beta
 `filter`   ``gamma * norm(m * u) + beta``       ``m * u + bias``     a constant
 ========== ==================================== ==================== ===========================
+
+Other norms (group, layer, instance norm), and subclasses of batch norms, have no mask. That of the
+layer in front of them is at its output, ``norm(m * (u + bias))``: mask 0 makes the channel 0 there.
 """
 
 from __future__ import annotations

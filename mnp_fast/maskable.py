@@ -65,6 +65,8 @@ def check_weights(name: str, module: nn.Module) -> None:
         why = "is quantised: wrap the model before it is"
     elif parametrize.is_parametrized(module):
         why = "is parametrised: call torch.nn.utils.parametrize.remove_parametrizations first"
+    elif "forward" in vars(module):
+        why = "has a forward of its own, which a mask cannot be in: remove it from the instance"
     elif weight is None:
         return
     elif "weight" not in module._parameters:

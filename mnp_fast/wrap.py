@@ -207,5 +207,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         layer.release()
     for module in plain.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
-            vars(module)["activation_relu_or_gelu"] = vars(module).pop("kept_fast_path")
+            vars(module)["activation_relu_or_gelu"] = vars(module).pop(
+                "kept_fast_path", module.activation_relu_or_gelu
+            )
     return plain

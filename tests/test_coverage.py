@@ -420,6 +420,25 @@ def test_saliency_of_heads_is_summed_over_samples():
     assert found.fisher.isnan().all()
 
 
+@pytest.mark.parametrize("kind", ["volume", "heads"])
+def test_compiles_without_graph_breaks(kind):
+    if kind == "volume":
+        model, x = randomize(Volume()).eval(), non_contiguous(2, 2, 5, 5, 5)
+    else:
+        attention = nn.MultiheadAttention(12, 4, batch_first=True)
+        model, x = transformer(attention), non_contiguous(2, 7, 5)
+    masked = mnp_fast.wrap(model)
+    randomize_masks(masked)
+    compiled = torch.compile(masked, fullgraph=True, backend="aot_eager")
+    masks = list(mnp_fast.masks(masked).values())
+    for y in zip(
+        torch.autograd.grad(compiled(x).square().sum(), masks),
+        torch.autograd.grad(masked(x).square().sum(), masks),
+        strict=True,
+    ):
+        assert relative_error(*y) <= TOLERANCE
+
+
 class Mean(nn.Module):
     def forward(self, x):
         return x.mean(1)
@@ -468,6 +487,15 @@ def test_a_norm_behind_what_changed_in_place_is_not_paired():
         masked = mnp_fast.wrap(randomize(model).eval(), example_inputs=(x,))
         assert [name[-2:].strip(".") for name in mnp_fast.masks(masked)] == ["a", "bn"]
         assert not any(layer.weight_owner for layer in masked_layers(masked).values())
+
+
+def test_a_norm_on_another_axis_than_the_neurons_is_not_paired():
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(4, 2))
+    x = non_contiguous(3, 7, 5)
+    for network in (randomize(model).eval(), Untraceable(model).eval()):
+        masked = check_model(network, x, example_inputs=(x,))
+        assert len(mnp_fast.masks(masked)) == 2
+        assert {len(size) for size in magnitudes(masked).values()} == {4, 7}
 
 
 def test_two_outputs_of_an_untraceable_model():
@@ -541,6 +569,12 @@ def test_what_cannot_be_masked_is_named():
     assert list(mnp_fast.masks(apart)) == ["0"]
     x = torch.randn(3, 4)
     assert relative_error(mnp_fast.unwrap(apart.eval())(x), apart(x)) <= 1e-6
+    patched = nn.Linear(4, 4)
+    patched.forward = lambda x: x
+    refuses(patched, r"2 \(Linear\) has a forward of its own")
+    integers = nn.Linear(4, 4)
+    integers.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    refuses(integers, r"2 \(Linear\) has weights of kind Tensor of torch.int8")
     quantized = torch.ao.nn.quantized.Linear(4, 4)
     assert "exclude='2'" in refuses(quantized, r"2 \(Linear\) is quantised")
     assert list(mnp_fast.masks(mnp_fast.wrap(model(quantized), exclude="2"))) == ["0"]
