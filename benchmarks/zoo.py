@@ -125,7 +125,7 @@ FAMILIES: dict[str, list[Entry]] = {
         Entry("convnextv2_atto"),
         Entry("convmixer_768_32"),
     ],
-    "NFNet": [Entry("nf_regnet_b0"), Entry("eca_nfnet_l0"), Entry("dm_nfnet_f0")],
+    "NFNet": [Entry("nf_regnet_b0"), Entry("eca_nfnet_l0"), Entry("dm_nfnet_f0", 32)],
     "HRNet": [Entry("hrnet_w18_small")],
     "ViT": [
         Entry("tv:vit_b_16", 32, {"image_size": 32}),
@@ -136,7 +136,7 @@ FAMILIES: dict[str, list[Entry]] = {
         _sized("pit_ti_224"),
         Entry("twins_svt_small"),
         Entry("pvt_v2_b0"),
-        _sized("tiny_vit_5m_224"),
+        Entry("tiny_vit_5m_224", 224),
         _sized("mvitv2_tiny"),
     ],
     "DeiT": [_sized("deit_tiny_patch16_224"), _sized("deit_tiny_distilled_patch16_224")],
@@ -144,14 +144,14 @@ FAMILIES: dict[str, list[Entry]] = {
         Entry("tv:swin_t"),
         Entry("tv:swin_v2_t"),
         _sized("swin_tiny_patch4_window7_224"),
-        _sized("focalnet_tiny_srf"),
+        Entry("focalnet_tiny_srf"),
     ],
     "MLP-Mixer": [_sized("mixer_s32_224"), _sized("resmlp_12_224"), _sized("gmlp_s16_224")],
     "PoolFormer": [Entry("poolformer_s12"), Entry("sequencer2d_s", 224)],
     "hybrids": [
         _sized("vit_tiny_r_s16_p8_224"),
         _sized("coatnet_0_224"),
-        Entry("tv:maxvit_t", 64, {"input_size": (64, 64), "partition_size": 2}),
+        Entry("tv:maxvit_t", 224),
         Entry("levit_128s", 224),
         Entry("efficientformer_l1", 224),
         Entry("mobilevit_xxs"),
@@ -284,7 +284,7 @@ def _multiply(mask: Tensor, site: str, layer: nn.Module, args: Any, y: Tensor) -
 
 
 def _relative(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm())
+    return float((actual.detach() - expected).norm() / expected.norm())
 
 
 def _without_mask(masked: nn.Module) -> dict[str, int]:

@@ -31,6 +31,7 @@ WEIGHTED = (
 )
 NORM = (_BatchNorm,)
 LAYERS = (*WEIGHTED, *NORM, nn.MultiheadAttention)
+_FACTS = {"shape", "ndim", "dtype", "device"}
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def _traced_flow(model: nn.Module, graph: fx.Graph) -> Flow:
     pairs = _Pairs()
     runs, read = set(), set[str]()
     for node in graph.nodes:
-        if node.op == "get_attr":
+        if node.op == "get_attr" and not all(map(reads_facts, node.users)):
             read |= owners.get(id(operator.attrgetter(str(node.target))(model)), set())
         name = called(node, LAYERS)
         if name is not None:
@@ -142,6 +143,13 @@ def _traced_flow(model: nn.Module, graph: fx.Graph) -> Flow:
         if name is not None and not followed[node]:
             outputs.add(name)
     return Flow(norm_inputs, outputs, runs - read)
+
+
+def reads_facts(node: fx.Node) -> bool:
+    """Whether a node reads of a tensor what says nothing of its values and memory format."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim")
+    return node.target is getattr and node.args[1] in _FACTS
 
 
 def _owners(model: nn.Module) -> dict[int, set[str]]:
@@ -222,12 +230,12 @@ class _Recording(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         given, made = _tensors((args, kwargs)), _tensors(result)
-        for tensor in given:
+        if func is Tensor.__setitem__:
+            made = given[:1]
+        for tensor in given if made else ():
             owners = self.owners.get(id(tensor), set())
             if owners.isdisjoint(self.running):
                 self.read |= owners
-        if func is Tensor.__setitem__:
-            made = given[:1]
         if made and not self.running:
             sources = self._read(given)
             for tensor in made:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from .dataflow import trace
+from .dataflow import reads_facts, trace
 from .layers import (
     MaskedBatchNorm2d,
     MaskedConv2d,
@@ -63,7 +63,6 @@ _ANY_FORMAT = {
     "flatten",
     "mean",
 }
-_FACTS = {"shape", "ndim", "dtype", "device"}  # attributes that say nothing of memory formats
 
 
 class FusedForward:
@@ -363,7 +362,7 @@ def _restore_formats(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
         given = any_format.intersection(node.all_input_nodes)
         if node.target is run_block or (given and _takes_any_format(node, modules)):
             any_format.add(node)
-        elif not _reads_facts(node):
+        elif not reads_facts(node):
             for source in given:
                 with graph.inserting_before(node):
                     plain = graph.call_method("contiguous", (source,))
@@ -374,12 +373,6 @@ def _takes_any_format(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     pool = modules.get(str(node.target)) if node.op == "call_module" else None
     gives_pair = node.kwargs.get("return_indices") or getattr(pool, "return_indices", False)
     return _kind(node, modules) in _ANY_FORMAT and not gives_pair
-
-
-def _reads_facts(node: fx.Node) -> bool:
-    if node.op == "call_method":
-        return node.target in ("size", "dim")
-    return node.target is getattr and node.args[1] in _FACTS
 
 
 def _kind(node: fx.Node, modules: dict[str, nn.Module]) -> Any:
