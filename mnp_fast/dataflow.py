@@ -1,4 +1,4 @@
-"""Which norm follows which convolution, and which layers make the model's output.
+"""Which norm follows which layer, which layers run, and which make the model's output.
 
 Read from the data flow, not from the order in which modules were registered: in a pre-activation
 network the two disagree.
@@ -41,8 +41,8 @@ class Flow:
     Attributes
     ----------
     norm_inputs
-        Name of every norm that reads the output of one convolution, and nothing else does, to
-        that convolution's name.
+        Name of every norm that reads the output of one convolution or linear layer, and nothing
+        else does, to that layer's name.
     outputs
         Names of the layers that no other layer follows (a classifier): their neurons are the
         model's output.

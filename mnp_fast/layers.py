@@ -299,7 +299,8 @@ class MaskedHeads(MaskedLayer, NonDynamicallyQuantizableLinear):
     """The output projection of `torch.nn.MultiheadAttention` with a mask for every head.
 
     Only the attention reads this layer, and only its weight: what the mask multiplies is that
-    weight's columns, which are what a head is worth. Masks per sample are not possible.
+    weight's columns, which are what a head is worth. Masks per sample are not possible. Made by
+    `adopt` alone.
     """
 
     plain = NonDynamicallyQuantizableLinear

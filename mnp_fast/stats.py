@@ -80,7 +80,7 @@ def saliency(masked: nn.Module, data: CleanSet, batch_size: int) -> dict[str, Sa
     dict of str to Saliency
         In the masks' dtypes. `taylor_sample` and `fisher` are NaN for attention heads, and for
         layers whose input does not have the samples, and nothing else, on its first axis. A layer
-        that does not run has 0.
+        that the output does not depend on has 0.
         Batch norms without running statistics let the samples of a batch interact: their g is the
         gradient of the batch's summed loss by the masks of sample n.
 

@@ -64,11 +64,11 @@ def wrap(
     """A copy of the model with a mask for every neuron; outputs are equal while all masks are 1.
 
     The copy has the same class, methods and parameters; its convolutions, linear layers, batch
-    norms or attentions have become masked ones. No mask have layers that make the model's output,
-    such as a classifier: their neurons are the classes; subclasses of torch's layers; and layers
-    that do not run in eval mode, or whose weights something else reads than their own `forward`.
-    Of attention, the heads of `torch.nn.MultiheadAttention` are masked, and the layers of
-    attention written out with linear layers, as such.
+    norms or attentions have become masked ones. Without a mask are layers that make the model's
+    output, such as a classifier, because their neurons are the classes; subclasses of torch's
+    layers; layers that do not run in eval mode; and layers whose weights are read by something else
+    than their own `forward`. The neurons of `torch.nn.MultiheadAttention` are its heads, those of
+    attention written with linear layers are the outputs of these.
 
     Parameters
     ----------

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 import mnp_fast
+from mnp_fast.fusion import fused_blocks
 from mnp_fast.layers import (
     MaskedBatchNorm1d,
     MaskedBatchNorm3d,
@@ -284,6 +285,12 @@ def test_other_dimensions(site):
         assert owners == {"norm": "down", "sync": "up", "bn": "tokens"}
         rows = weight_rows(model.up).flatten(1).abs().sum(1)
         torch.testing.assert_close(magnitudes(masked)["sync"], rows)
+
+
+def test_synchronised_norms_are_fused():
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.SyncBatchNorm(6), nn.ReLU(), nn.Conv2d(6, 2, 3))
+    masked = check_model(randomize(model).eval(), non_contiguous(2, 3, 7, 6))
+    assert fused_blocks(masked) == [("0", "1")]
 
 
 class Block(nn.Module):
