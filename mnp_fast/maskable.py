@@ -10,7 +10,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 Selector = str | Sequence[str] | Callable[[str, nn.Module], bool]
-_QUANTIZED = ("torch.ao.", "torch.nn.quantized", "torch.nn.intrinsic", "torch.nn.qat")
+_QUANTIZED = "torch.ao.nn."  # where their classes are defined
+_SHOWN = 8  # names in a message
 
 
 def check_copies(model: nn.Module) -> None:
@@ -108,9 +109,10 @@ def _matches(argument: str, selector: Selector, layers: Mapping[str, nn.Module])
     for pattern in patterns:
         found = {name for name in layers if fnmatchcase(name, pattern)}
         if not found:
+            names = [*list(layers)[:_SHOWN], *["..."] * (len(layers) > _SHOWN)]
             raise ValueError(
                 f"{argument}: no layer that can have a mask matches {pattern!r}; "
-                f"they are {', '.join(layers)}"
+                f"they are {', '.join(names)}"
             )
         matches |= found
     return matches

@@ -546,6 +546,9 @@ def test_include_and_exclude():
             chosen(**{option: 3})
     with pytest.raises(ValueError, match="has nothing to mask"):
         chosen(exclude="*")
+    many = nn.Sequential(*(nn.Linear(2, 2) for _ in range(12)))
+    with pytest.raises(ValueError, match=r"they are 0, 1, 2, 3, 4, 5, 6, 7, \.\.\.$"):
+        mnp_fast.wrap(many, include="x")
 
 
 def test_what_cannot_be_masked_is_named():
@@ -586,6 +589,8 @@ def test_what_cannot_be_masked_is_named():
     quantized = torch.ao.nn.quantized.Linear(4, 4)
     assert "exclude='2'" in refuses(quantized, r"2 \(Linear\) is quantised")
     assert list(mnp_fast.masks(mnp_fast.wrap(model(quantized), exclude="2"))) == ["0"]
+    prepared = model(nn.Sequential(torch.ao.quantization.QuantStub(), nn.Linear(4, 4)))
+    assert list(mnp_fast.masks(mnp_fast.wrap(prepared))) == ["0", "2.1"]
 
 
 def test_subclasses_stay_as_they_are():
