@@ -30,7 +30,7 @@ WEIGHTED = (
     nn.Linear,
 )
 NORM = (_BatchNorm,)
-LAYERS = (*WEIGHTED, *NORM, nn.MultiheadAttention)
+LAYERS = (*WEIGHTED, *NORM, nn.MultiheadAttention, nn.RNNBase)
 _FACTS = {"shape", "ndim", "dtype", "device"}
 
 

@@ -593,6 +593,11 @@ def test_what_cannot_be_masked_is_named():
     assert list(mnp_fast.masks(mnp_fast.wrap(prepared))) == ["0", "2.1"]
 
 
+def test_a_recurrent_layer_follows_others():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(2), nn.LSTM(36, 8))
+    assert list(mnp_fast.masks(mnp_fast.wrap(model))) == ["0"]
+
+
 def test_subclasses_stay_as_they_are():
     class Doubled(nn.Linear):
         def forward(self, input):
