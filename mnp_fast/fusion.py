@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from .dataflow import Tracer, kind_of
+from .dataflow import kind_of, reads_facts, trace
 from .inplace import hidden_change
 from .layers import (
     MaskedBatchNorm2d,
     MaskedConv2d,
     MaskedLayer,
+    MaskedSyncBatchNorm,
     block_terms,
     padded,
 )
@@ -31,11 +32,19 @@ from .ops.conv import allows, output_size
 from .region import Step, can_run, run
 
 _CONVS = (nn.Conv2d, MaskedConv2d)
-_NORMS = (nn.BatchNorm2d, MaskedBatchNorm2d)
+_NORMS = (nn.BatchNorm2d, MaskedBatchNorm2d, nn.SyncBatchNorm, MaskedSyncBatchNorm)
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, nn.ReLU, "relu", "relu_"}
+_ELEMENTWISE = {
+    *(nn.CELU, nn.ELU, nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.Mish),
+    *(nn.PReLU, nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Tanh),
+    *(F.celu, F.elu, F.gelu, F.hardsigmoid, F.hardswish, F.hardtanh, F.leaky_relu, F.mish),
+    *(F.relu6, F.selu, F.silu, F.softplus),
+    *(torch.sigmoid, torch.tanh, "sigmoid", "tanh"),
+}
 # What takes images of any memory format; a result may have the one it was given.
 _ANY_FORMAT = {
+    *_ELEMENTWISE,
     *_ADDS,
     *_RELUS,
     *_CONVS,
@@ -57,7 +66,6 @@ _ANY_FORMAT = {
     "flatten",
     "mean",
 }
-_FACTS = {"shape", "ndim", "dtype", "device"}  # attributes that say nothing of memory formats
 
 
 class FusedForward:
@@ -106,7 +114,7 @@ class FusedForward:
     def _current(self, modules: list[nn.Module]) -> fx.GraphModule:
         """The graph, built anew where modules or tensors of the root were replaced."""
         if self._graph is None or self._identities(modules) != self._seen:
-            graph = _traced(self.root)
+            graph = trace(self.root)
             change = hidden_change(graph, dict(self.root.named_modules()))
             if change is not None:
                 raise ValueError(f"{change} works in place on what is read by another name as well")
@@ -146,16 +154,6 @@ def _differs(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
-
-
-def _traced(model: nn.Module) -> fx.Graph:
-    """The graph in eval mode: `training` is read, and kept, by a trace."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        return Tracer().trace(model.eval())
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def fuse_blocks(masked: nn.Module, algorithm: str) -> None:
@@ -244,7 +242,7 @@ class _Block:
 
     def __init__(self, first: fx.Node, modules: dict[str, nn.Module]) -> None:
         self.modules, self.nodes = modules, [first]
-        self.conv = first if self._kind(first) in _CONVS else None
+        self.conv = first if kind_of(first, modules) in _CONVS else None
         self.norm = None if self.conv else first
         self.residual: fx.Node | None = None
         self.relu = False
@@ -257,9 +255,6 @@ class _Block:
     def is_masked(self) -> bool:
         return any(part is not None and self._has_mask(part) for part in (self.conv, self.norm))
 
-    def _kind(self, node: fx.Node) -> Any:
-        return kind_of(node, self.modules)
-
     def _has_mask(self, node: fx.Node) -> bool:
         return isinstance(self.modules[str(node.target)], MaskedLayer)
 
@@ -270,7 +265,7 @@ class _Block:
 
     def _take_norm(self) -> None:
         node = self._next()
-        if node is None or self._kind(node) not in _NORMS:
+        if node is None or kind_of(node, self.modules) not in _NORMS:
             return
         # Two masks one after the other are more than the equation has.
         if _keeps_statistics(self.modules[str(node.target)]) and not (
@@ -281,7 +276,12 @@ class _Block:
 
     def _take_residual(self) -> None:
         node = self._next()
-        if node is None or self._kind(node) not in _ADDS or len(node.args) != 2 or node.kwargs:
+        if (
+            node is None
+            or kind_of(node, self.modules) not in _ADDS
+            or len(node.args) != 2
+            or node.kwargs
+        ):
             return
         others = [part for part in node.args if part is not self.nodes[-1]]
         if len(others) == 1 and isinstance(others[0], fx.Node):
@@ -290,7 +290,7 @@ class _Block:
 
     def _take_relu(self) -> None:
         node = self._next()
-        if node is not None and self._kind(node) in _RELUS:
+        if node is not None and kind_of(node, self.modules) in _RELUS:
             self.relu = True
             self.nodes.append(node)
 
@@ -390,7 +390,7 @@ def _restore_formats(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
         given = any_format.intersection(node.all_input_nodes)
         if node.target is run_block or (given and _takes_any_format(node, modules)):
             any_format.add(node)
-        elif not _reads_facts(node):
+        elif not reads_facts(node):
             for source in given:
                 with graph.inserting_before(node):
                     plain = graph.call_method("contiguous", (source,))
@@ -401,12 +401,6 @@ def _takes_any_format(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     pool = modules.get(str(node.target)) if node.op == "call_module" else None
     gives_pair = node.kwargs.get("return_indices") or getattr(pool, "return_indices", False)
     return kind_of(node, modules) in _ANY_FORMAT and not gives_pair
-
-
-def _reads_facts(node: fx.Node) -> bool:
-    if node.op == "call_method":
-        return node.target in ("size", "dim")
-    return node.target is getattr and node.args[1] in _FACTS
 
 
 def _keeps_statistics(norm: nn.Module) -> bool:

@@ -1,6 +1,8 @@
 """Drop-in masked layers: torch's own, with a mask in [0, 1] for every neuron.
 
-A mask's *site* says what it multiplies (u is what the layer computes from its weights):
+Neurons are the output channels of convolutions and transposed ones, the output features of linear
+layers, the channels of batch norms, and the heads of `torch.nn.MultiheadAttention`. A mask's *site*
+says what it multiplies (u is what the layer computes from its weights):
 
 ========== ==================================== ==================== ===========================
 site       with batch norm                      without              what mask 0 leaves
@@ -9,6 +11,9 @@ site       with batch norm                      without              what mask 0
 `norm`     ``m * gamma * xhat + beta``                               the constant beta
 `filter`   ``gamma * norm(m * u) + beta``       ``m * u + bias``     a constant
 ========== ==================================== ==================== ===========================
+
+Other norms (group, layer, instance norm), and subclasses of batch norms, have no mask. That of the
+layer in front of them is at its output, ``norm(m * (u + bias))``: mask 0 makes the channel 0 there.
 """
 
 from __future__ import annotations
@@ -18,10 +23,13 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .ops import masked_affine, masked_conv2d, masked_linear
 
 M = TypeVar("M", bound="MaskedLayer")
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class Terms(NamedTuple):
@@ -33,7 +41,7 @@ class Terms(NamedTuple):
     bias: Tensor | None = None
 
 
-def eval_affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def eval_affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     """Scale and shift of a batch norm's running statistics, without its bias."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
@@ -51,8 +59,33 @@ def padded(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return x, conv.padding
 
 
+def weight_rows(layer: nn.Module) -> Tensor:
+    """The weight of a plain or masked layer that has one, with a row (neurons, *) a neuron."""
+    if isinstance(layer, MaskedHeads):
+        return layer.plain_weight.unflatten(1, (layer.heads, -1)).transpose(0, 1)
+    if isinstance(layer, _TRANSPOSED):  # (channels, neurons of a group, *)
+        return layer.weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def masked_output(y: Tensor, mask: Tensor, constant: Tensor | None) -> Tensor:
+    """``mask * (y - constant) + constant``, for an output (N, K, *) and a constant (K,)."""
+    if constant is None:
+        return masked_affine(y, mask)
+    return masked_affine(y, mask, shift=-constant, bias=constant)
+
+
 class MaskedLayer(nn.Module):
     """What all masked layers share.
+
+    Parameters
+    ----------
+    *args, **kwargs
+        As the plain class.
+    site
+        One of the class's `sites`; the first of them by default.
 
     Attributes
     ----------
@@ -70,6 +103,10 @@ class MaskedLayer(nn.Module):
     mask: nn.Parameter
     site: str
     weight_owner: str
+
+    def __init__(self, *args: Any, site: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._add_mask(self.sites[0] if site is None else site)
 
     @classmethod
     def adopt(cls: type[M], module: nn.Module, site: str) -> M:
@@ -125,12 +162,17 @@ class MaskedLayer(nn.Module):
         raise NotImplementedError
 
     def _multiply(self, name: str, factor: Tensor) -> None:
-        """Multiply a parameter's rows, as a new parameter: the old one may be shared."""
+        """Multiply a neuron's part of a parameter, as a new one: the old one may be shared."""
         old = getattr(self, name)
         if old is None:
             return
-        rows = factor.to(old.dtype).reshape(-1, *(1,) * (old.dim() - 1))
-        setattr(self, name, nn.Parameter(old * rows, requires_grad=old.requires_grad))
+        factor = factor.to(old.dtype)
+        if name == "weight" and isinstance(self, _TRANSPOSED):  # (channels, neurons of a group, *)
+            factor = factor.reshape(self.groups, -1).repeat_interleave(
+                old.shape[0] // self.groups, 0
+            )
+        factor = factor.reshape(*factor.shape, *(1,) * (old.dim() - factor.dim()))
+        setattr(self, name, nn.Parameter(old * factor, requires_grad=old.requires_grad))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The plain model's state_dict has no masks: they stay as they are.
@@ -151,7 +193,7 @@ class _MaskedWeights(MaskedLayer):
     @property
     def neurons(self) -> int:
         """Number of neurons."""
-        return self.weight.shape[0]
+        return weight_rows(self).shape[0]
 
     def terms(self) -> Terms:
         """What the equation's operators take besides the weight."""
@@ -171,9 +213,7 @@ class MaskedConv2d(_MaskedWeights, nn.Conv2d):
     Parameters
     ----------
     *args, **kwargs
-        As `torch.nn.Conv2d`.
-    site
-        `"neuron"` or `"filter"`.
+        As `MaskedLayer`.
     algorithm
         As in `mnp_fast.ops.masked_conv2d`. It is not stored in the `state_dict`.
     """
@@ -181,11 +221,8 @@ class MaskedConv2d(_MaskedWeights, nn.Conv2d):
     plain = nn.Conv2d
     algorithm: str = "auto"
 
-    def __init__(
-        self, *args: Any, site: str = "neuron", algorithm: str = "auto", **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, algorithm: str = "auto", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._add_mask(site)
         self.algorithm = algorithm
 
     def release(self) -> nn.Module:
@@ -210,43 +247,110 @@ class MaskedConv2d(_MaskedWeights, nn.Conv2d):
 
 
 class MaskedLinear(_MaskedWeights, nn.Linear):  # type: ignore[misc]  # torch: bias may be None
-    """`torch.nn.Linear` with a mask for every output feature.
-
-    Parameters
-    ----------
-    *args, **kwargs
-        As `torch.nn.Linear`.
-    site
-        `"neuron"` or `"filter"`.
-    """
+    """`torch.nn.Linear` with a mask for every output feature."""
 
     plain = nn.Linear
-
-    def __init__(self, *args: Any, site: str = "neuron", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._add_mask(site)
 
     def forward(self, input: Tensor) -> Tensor:
         return masked_linear(input, self.weight, *self.terms())
 
 
-class MaskedBatchNorm2d(MaskedLayer, nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d` with a mask for every channel.
+class _MaskedConvNd(_MaskedWeights):
+    """Convolutions that torch computes; the mask is at their output."""
 
-    Parameters
-    ----------
-    *args, **kwargs
-        As `torch.nn.BatchNorm2d`.
-    site
-        `"norm"` or `"neuron"`.
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if input.dim() == self.weight.dim() - 1:
+            return self.forward(input[None], *args, **kwargs)[0]
+        y = super().forward(input, *args, **kwargs)
+        return masked_output(y, self.mask, self.bias if self.site == "filter" else None)
+
+
+class MaskedConv1d(_MaskedConvNd, nn.Conv1d):
+    """`torch.nn.Conv1d` with a mask for every output channel."""
+
+    plain = nn.Conv1d
+
+
+class MaskedConv3d(_MaskedConvNd, nn.Conv3d):
+    """`torch.nn.Conv3d` with a mask for every output channel."""
+
+    plain = nn.Conv3d
+
+
+class MaskedConvTranspose1d(_MaskedConvNd, nn.ConvTranspose1d):
+    """`torch.nn.ConvTranspose1d` with a mask for every output channel."""
+
+    plain = nn.ConvTranspose1d
+
+
+class MaskedConvTranspose2d(_MaskedConvNd, nn.ConvTranspose2d):
+    """`torch.nn.ConvTranspose2d` with a mask for every output channel."""
+
+    plain = nn.ConvTranspose2d
+
+
+class MaskedConvTranspose3d(_MaskedConvNd, nn.ConvTranspose3d):
+    """`torch.nn.ConvTranspose3d` with a mask for every output channel."""
+
+    plain = nn.ConvTranspose3d
+
+
+class MaskedHeads(MaskedLayer, NonDynamicallyQuantizableLinear):
+    """The output projection of `torch.nn.MultiheadAttention` with a mask for every head.
+
+    Only the attention reads this layer, and only its weight: what the mask multiplies is that
+    weight's columns, which are what a head is worth. Masks per sample are not possible. Made by
+    `adopt` alone.
     """
 
-    plain = nn.BatchNorm2d
-    sites = ("norm", "neuron")
+    plain = NonDynamicallyQuantizableLinear
+    sites = ("neuron",)
+    heads: int
 
-    def __init__(self, *args: Any, site: str = "norm", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._add_mask(site)
+    @classmethod
+    def adopt(cls, module: nn.Module, site: str) -> MaskedHeads:
+        """Turn the projection of `module`, a `torch.nn.MultiheadAttention`, into one in place."""
+        if type(module) is not nn.MultiheadAttention:
+            raise TypeError(f"{cls.__name__} masks MultiheadAttention, not {type(module).__name__}")
+        vars(module.out_proj)["heads"] = module.num_heads
+        return super().adopt(module.out_proj, site)
+
+    @property
+    def neurons(self) -> int:
+        """Number of heads."""
+        return self.heads
+
+    @property
+    def plain_weight(self) -> Tensor:
+        """The weight without the mask."""
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return weight
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight (features, heads * width) with the mask on its columns."""
+        if self.mask.shape != (self.heads,):
+            raise RuntimeError(
+                f"a mask of heads must have shape ({self.heads},), not {tuple(self.mask.shape)}"
+            )
+        return self.plain_weight * self.mask.repeat_interleave(self.in_features // self.heads)
+
+    def release(self) -> nn.Module:
+        """Fold the mask into the weight and become the plain class again, in place."""
+        super().release()
+        del self.heads
+        return self
+
+    def _fold(self, mask: Tensor) -> None:
+        trains = self.plain_weight.requires_grad
+        self._parameters["weight"] = nn.Parameter(self.weight, requires_grad=trains)
+
+
+class _MaskedBatchNorm(MaskedLayer, _BatchNorm):
+    """Batch norms, which are affine in eval mode."""
+
+    sites: ClassVar[tuple[str, ...]] = ("norm", "neuron")
 
     @property
     def neurons(self) -> int:
@@ -254,13 +358,11 @@ class MaskedBatchNorm2d(MaskedLayer, nn.BatchNorm2d):
         return self.num_features
 
     def forward(self, input: Tensor) -> Tensor:
-        self._check_input_dim(input)
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
         beta = self.bias
         if self.training or self.running_mean is None or self.running_var is None:
             y = super().forward(input)
-            if self.site == "neuron" or beta is None:
-                return masked_affine(y, self.mask)
-            return masked_affine(y, self.mask, shift=-beta, bias=beta)
+            return masked_output(y, self.mask, beta if self.site == "norm" else None)
         return masked_affine(input, *self.terms())
 
     def terms(self) -> Terms:
@@ -280,9 +382,33 @@ class MaskedBatchNorm2d(MaskedLayer, nn.BatchNorm2d):
             self._multiply("bias", mask)
 
 
-def block_terms(conv: nn.Conv2d | None, norm: nn.BatchNorm2d | None) -> Terms:
+class MaskedBatchNorm1d(_MaskedBatchNorm, nn.BatchNorm1d):
+    """`torch.nn.BatchNorm1d` with a mask for every channel."""
+
+    plain = nn.BatchNorm1d
+
+
+class MaskedBatchNorm2d(_MaskedBatchNorm, nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d` with a mask for every channel."""
+
+    plain = nn.BatchNorm2d
+
+
+class MaskedBatchNorm3d(_MaskedBatchNorm, nn.BatchNorm3d):
+    """`torch.nn.BatchNorm3d` with a mask for every channel."""
+
+    plain = nn.BatchNorm3d
+
+
+class MaskedSyncBatchNorm(_MaskedBatchNorm, nn.SyncBatchNorm):
+    """`torch.nn.SyncBatchNorm` with a mask for every channel."""
+
+    plain = nn.SyncBatchNorm
+
+
+def block_terms(conv: nn.Conv2d | None, norm: _BatchNorm | None) -> Terms:
     """Mask, scale, shift and bias of the equation; u is the convolution without its bias."""
-    if isinstance(norm, MaskedBatchNorm2d):
+    if isinstance(norm, _MaskedBatchNorm):
         mask, scale, shift, bias = norm.terms()
         if conv is not None and conv.bias is not None:
             assert scale is not None

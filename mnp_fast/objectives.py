@@ -69,7 +69,8 @@ class MaskFit:
             for index, batch in enumerate(batches):
                 (images, labels), share = processes.part(*batch)
                 part = share * self.loss(images, labels, number * len(batches) + index)
-                *grads, loss = processes.sum([*torch.autograd.grad(part, self.masks), part])
+                own = torch.autograd.grad(part, self.masks, materialize_grads=True)
+                *grads, loss = processes.sum([*own, part])
                 penalty = self.penalty()
                 mask_update_(
                     [mask.detach() for mask in self.masks],

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data import CleanSet
+from .layers import MaskedHeads, weight_rows
 from .ops import neuron_magnitude
 from .wrap import masked_layers, masks
 
@@ -19,15 +20,15 @@ from .wrap import masked_layers, masks
 def magnitudes(masked: nn.Module, norm: str = "l1") -> dict[str, Tensor]:
     """Norm of each neuron's weights, (neurons,), by name of its masked layer.
 
-    A batch norm's neurons are the filters of the convolution in front; where there is none, the
-    magnitude is that of its scale (1 without one).
+    A batch norm's neurons are the filters of the layer in front; where there is none, the magnitude
+    is that of its scale (1 without one). A head's weights are its columns of the output projection.
     """
     layers = masked_layers(masked)
     weights = []
     for layer in layers.values():
         owner = masked.get_submodule(layer.weight_owner) if layer.weight_owner else layer
-        weight = getattr(owner, "weight", None)
-        weights.append(torch.ones_like(layer.mask) if weight is None else weight)
+        bare = getattr(owner, "weight", None) is None
+        weights.append(torch.ones_like(layer.mask) if bare else weight_rows(owner))
     return dict(zip(layers, neuron_magnitude(weights, norm), strict=True))
 
 
@@ -77,8 +78,9 @@ def saliency(masked: nn.Module, data: CleanSet, batch_size: int) -> dict[str, Sa
     Returns
     -------
     dict of str to Saliency
-        In the masks' dtypes. `taylor_sample` and `fisher` are NaN for layers whose input does not
-        have the samples, and nothing else, on its first axis. A layer that does not run has 0.
+        In the masks' dtypes. `taylor_sample` and `fisher` are NaN for attention heads, and for
+        layers whose input does not have the samples, and nothing else, on its first axis. A layer
+        that the output does not depend on has 0.
         Batch norms without running statistics let the samples of a batch interact: their g is the
         gradient of the batch's summed loss by the masks of sample n.
 
@@ -130,17 +132,18 @@ def _per_sample(grad: Tensor, samples: int) -> Tensor:
 @torch.no_grad()
 def _layers_mixing_samples(masked: nn.Module, images: Tensor) -> set[str]:
     """Names of the masked layers whose input has not the samples alone on its first axis."""
-    mixed: set[str] = set()
+    layers = masked_layers(masked)
+    mixed = {name for name, layer in layers.items() if isinstance(layer, MaskedHeads)}
 
     def look(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         (x,) = (*args, *kwargs.values())
-        axes = 2 if isinstance(layer, nn.Linear) else 4
+        axes = 2 + len(getattr(layer, "kernel_size", ()))
         if x.dim() < axes or len(x) != len(images):
             mixed.add(name)
 
     hooks = [
         layer.register_forward_pre_hook(partial(look, name), with_kwargs=True)
-        for name, layer in masked_layers(masked).items()
+        for name, layer in layers.items()
     ]
     try:
         masked(images)

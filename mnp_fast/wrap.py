@@ -3,18 +3,51 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrize
 
-from .dataflow import WEIGHTED, data_flow
+from .dataflow import LAYERS, NORM, Flow, data_flow
 from .fusion import FusedForward, fuse_blocks
-from .layers import MaskedBatchNorm2d, MaskedConv2d, MaskedLayer, MaskedLinear
+from .layers import (
+    MaskedBatchNorm1d,
+    MaskedBatchNorm2d,
+    MaskedBatchNorm3d,
+    MaskedConv1d,
+    MaskedConv2d,
+    MaskedConv3d,
+    MaskedConvTranspose1d,
+    MaskedConvTranspose2d,
+    MaskedConvTranspose3d,
+    MaskedHeads,
+    MaskedLayer,
+    MaskedLinear,
+    MaskedSyncBatchNorm,
+)
+from .maskable import Selector, check_copies, check_weights, quantized_modules, select
 from .ops.conv import ALGORITHMS, allows
 
 SITES = ("auto", "neuron", "norm", "filter")
 _MASKED: dict[type[nn.Module], type[MaskedLayer]] = {
-    cls.plain: cls for cls in (MaskedConv2d, MaskedLinear, MaskedBatchNorm2d)
+    nn.MultiheadAttention: MaskedHeads,
+    **{
+        cls.plain: cls
+        for cls in (
+            MaskedConv1d,
+            MaskedConv2d,
+            MaskedConv3d,
+            MaskedConvTranspose1d,
+            MaskedConvTranspose2d,
+            MaskedConvTranspose3d,
+            MaskedLinear,
+            MaskedBatchNorm1d,
+            MaskedBatchNorm2d,
+            MaskedBatchNorm3d,
+            MaskedSyncBatchNorm,
+        )
+    },
 }
 
 
@@ -22,15 +55,20 @@ def wrap(
     model: nn.Module,
     site: str = "auto",
     *,
+    include: Selector | None = None,
+    exclude: Selector | None = None,
     example_inputs: tuple[Any, ...] | None = None,
     algorithm: str = "auto",
     fuse: bool = True,
 ) -> nn.Module:
     """A copy of the model with a mask for every neuron; outputs are equal while all masks are 1.
 
-    The copy has the same class, methods and parameters; its convolutions, linear layers or batch
-    norms have become masked ones. Layers that make the model's output, such as a classifier,
-    get no mask: their neurons are the classes.
+    The copy has the same class, methods and parameters; its convolutions, linear layers, batch
+    norms or attentions have become masked ones. Without a mask are layers that make the model's
+    output, such as a classifier, because their neurons are the classes; subclasses of torch's
+    layers; layers that do not run in eval mode; and layers whose weights are read by something else
+    than their own `forward`. The neurons of `torch.nn.MultiheadAttention` are its heads, those of
+    attention written with linear layers are the outputs of these.
 
     Parameters
     ----------
@@ -38,9 +76,14 @@ def wrap(
         Any module; it is not changed.
     site
         What masks multiply (see `mnp_fast.layers`). `"norm"`: the scale of every batch norm.
-        `"neuron"`: the whole output of every neuron, after its batch norm if it has one.
+        `"neuron"`: the whole output of every neuron, after its batch norm if it has one, and in
+        front of any other norm; heads of attention too.
         `"filter"`: the weights of every convolution and linear layer. `"auto"`: `"norm"` on every
-        batch norm, and `"neuron"` on the layers that no batch norm follows.
+        batch norm, and `"neuron"` on the layers that no batch norm follows and on heads.
+    include, exclude
+        Which of these layers get a mask, by the names that `masks` gives: a pattern as in
+        `fnmatch`, such as `"layer4.*"`, several of them, or a function of name and plain layer that
+        returns a bool. `exclude` counts where both choose.
     example_inputs
         Inputs to run the model on, needed only where it cannot be traced symbolically.
     algorithm
@@ -61,10 +104,11 @@ def wrap(
     Raises
     ------
     TypeError
-        `model` is not a module.
+        `model` is not a module; `include` or `exclude` is not what it may be.
     ValueError
-        Unknown site or algorithm, a model that is wrapped already, has nothing to mask, or cannot
-        be traced.
+        Unknown site or algorithm, a pattern that matches no layer, a model that is wrapped already,
+        has nothing to mask, or cannot be traced; a layer that is lazy and has not run, or is
+        parametrised or quantised and not excluded. The message names it.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
@@ -74,33 +118,62 @@ def wrap(
         raise ValueError(f"algorithm must be one of {ALGORITHMS}, not {algorithm!r}")
     if any(isinstance(module, MaskedLayer) for module in model.modules()):
         raise ValueError("model is wrapped already")
+    check_copies(model)
     masked = copy.deepcopy(model)
     flow = data_flow(masked, example_inputs)
-    followed = set(flow.norm_inputs.values())
-    for name, module in list(masked.named_modules()):
-        if type(module) not in _MASKED or name in flow.outputs:
+    targets = _targets(masked, flow, site)
+    candidates = {name: module for name, (module, _) in targets.items()}
+    candidates |= quantized_modules(masked)
+    chosen = select(candidates, include, exclude)
+    for name in sorted(chosen):
+        check_weights(name, candidates[name])
+        check_weights(name, masked.get_submodule(name))
+    if not chosen:
+        kinds = Counter(
+            type(module).__name__ for module in masked.modules() if isinstance(module, LAYERS)
+        )
+        held = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none"
+        raise ValueError(
+            f"{type(model).__name__} has nothing to mask at site {site!r}. Masks are for layers of "
+            "torch's own classes that run by their own forward, are not left out, and do not make "
+            f"the output; its layers are: {held}"
+        )
+    for name, (module, chosen_site) in targets.items():
+        if name not in chosen:
             continue
-        is_norm = not isinstance(module, WEIGHTED)
+        layer = _MASKED[type(module)].adopt(module, chosen_site)
+        layer.weight_owner = flow.norm_inputs.get(name, "")
+        if isinstance(layer, MaskedConv2d) and allows(layer, algorithm):
+            layer.algorithm = algorithm
+    for module in masked.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            # In eval mode it would compute with the weights of its layers, past their masks.
+            vars(module)["kept_fast_path"] = module.activation_relu_or_gelu
+            vars(module)["activation_relu_or_gelu"] = 0
+    if fuse:
+        fuse_blocks(masked, algorithm)
+    return masked
+
+
+def _targets(model: nn.Module, flow: Flow, site: str) -> dict[str, tuple[nn.Module, str]]:
+    """What shall have a mask, by the name of the layer that will hold it: a module and its site."""
+    layers = dict(model.named_modules())
+    followed = {layer for norm, layer in flow.norm_inputs.items() if type(layers[norm]) in _MASKED}
+    targets = {}
+    for name, module in layers.items():
+        maskable = type(module) in _MASKED or parametrize.is_parametrized(module)
+        if name not in flow.runs or name in flow.outputs or not maskable:
+            continue
+        is_norm, is_attention = isinstance(module, NORM), isinstance(module, nn.MultiheadAttention)
         if site == "filter":
-            chosen = None if is_norm else "filter"
+            chosen = None if is_norm or is_attention else "filter"
         elif is_norm:
             chosen = "norm" if site == "auto" else site
         else:
             chosen = None if site == "norm" or name in followed else "neuron"
         if chosen is not None:
-            layer = _MASKED[type(module)].adopt(module, chosen)
-            layer.weight_owner = flow.norm_inputs.get(name, "")
-            if isinstance(layer, MaskedConv2d) and (allows(layer, algorithm)):
-                layer.algorithm = algorithm
-    if not masks(masked):
-        kinds = ", ".join(cls.__name__ for cls in _MASKED)
-        raise ValueError(
-            f"{type(model).__name__} has nothing to mask at site {site!r}: no layer of kind "
-            f"{kinds} but those that make its output"
-        )
-    if fuse:
-        fuse_blocks(masked, algorithm)
-    return masked
+            targets[f"{name}.out_proj" if is_attention else name] = module, chosen
+    return targets
 
 
 def masks(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -133,4 +206,9 @@ def unwrap(model: nn.Module) -> nn.Module:
         del plain.forward
     for layer in masked_layers(plain).values():
         layer.release()
+    for module in plain.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            vars(module)["activation_relu_or_gelu"] = vars(module).pop(
+                "kept_fast_path", module.activation_relu_or_gelu
+            )
     return plain

@@ -3,11 +3,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from typer import Typer
 from typer.testing import CliRunner
 
-from benchmarks import chart, layers, machine, run, scaling
+import mnp_fast
+from benchmarks import chart, layers, machine, run, scaling, zoo
 from benchmarks.timing import OURS, Case, measure
+from mnp_fast.demo.resnet import ResNet18
+
+from .models import randomize
 
 SUITES = [suite.value for suite in run.Suite]
 
@@ -158,3 +163,61 @@ def test_the_table_of_the_docs_is_what_the_model_of_cost_gives(capsys):
 def test_a_phase_scales_up_to_its_batch():
     assert scaling.step_time("fit", 500, 25, 0) == scaling.step_time("fit", 500, 100, 0) == 4
     assert scaling.step_time("expose", 10, 4, 0.5) == 2 * 3 + 0.5
+
+
+class Zoo:
+    """Networks in place of published ones."""
+
+    def __init__(self, monkeypatch, tmp_path):
+        self.networks = {}
+        monkeypatch.setattr(zoo, "build", lambda entry: self.networks[entry.name]())
+        monkeypatch.setattr(zoo, "PACKAGES", ("torch",))
+        monkeypatch.setattr(zoo, "STORE", tmp_path / "zoo.json")
+        monkeypatch.setattr(zoo, "ROOT", tmp_path)
+        self.monkeypatch, self.page = monkeypatch, tmp_path / "docs" / "zoo.md"
+        self.page.parent.mkdir()
+
+    def run(self, **networks):
+        self.networks = networks
+        entries = [zoo.Entry(name, 16) for name in networks]
+        self.monkeypatch.setattr(zoo, "FAMILIES", {"small": entries})
+        result = call(zoo.main, "--json", zoo.STORE)
+        return result.exit_code, json.loads(zoo.STORE.read_text())["rows"]
+
+
+@pytest.fixture
+def small_zoo(monkeypatch, tmp_path):
+    return Zoo(monkeypatch, tmp_path)
+
+
+def test_zoo(small_zoo):
+    code, rows = small_zoo.run(
+        norms=lambda: randomize(ResNet18(4)).double().eval(),
+        none=lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 256, 2)).double(),
+    )
+    assert code == 0
+    assert [row["outcome"] for row in rows] == ["exact", "refused"]
+    assert rows[0]["layers"] == rows[0]["blocks"] == 20
+    assert rows[0]["without"] == {"Linear": 1}
+    assert "nothing to mask" in rows[1]["why"]
+    assert call(zoo.main, "--page").exit_code == 0
+    text = small_zoo.page.read_text()
+    assert "2 architectures: 1 exact (1 with fused blocks), 1 refused, 0 wrong." in text
+    assert text.count("\n| small | ") == 2
+
+
+def test_zoo_tells_what_is_wrong(small_zoo, monkeypatch):
+    def network():
+        return randomize(ResNet18(4)).double().eval()
+
+    def fails():
+        raise RuntimeError("no such network")
+
+    _, [row] = small_zoo.run(fails=fails)
+    assert row["outcome"] == "wrong"
+    assert row["why"] == "RuntimeError: no such network"
+    monkeypatch.setattr(mnp_fast, "unwrap", lambda masked: network())
+    code, [row] = small_zoo.run(network=network)
+    assert code == 1
+    assert row["outcome"] == "wrong"
+    assert row["why"].startswith("unwrapped: ")

@@ -384,10 +384,7 @@ def test_weights_that_the_model_reads_stay():
     model.conv.weight.data[0] = 0
     model.conv.bias.data[0] = 0
     assert widths(compacted(model)) == widths(model)
-    # The masked layer's forward is not called, so its mask does nothing: no smaller model can
-    # be equal to one that does not do what its masks say.
-    with pytest.raises(RuntimeError, match="Tied without its constant channels gives other"):
-        mnp_fast.compact(masked_with(model, "neuron", {"mix": [0]}), (X,))
+    assert "mix" not in mnp_fast.masks(mnp_fast.wrap(model))
 
 
 def test_plain_models():

@@ -238,3 +238,24 @@ def test_repeatable_by_seed():
 
     assert torch.equal(fitted(0), fitted(0))
     assert not torch.equal(fitted(0), fitted(1))
+
+
+def test_a_layer_that_the_output_does_not_depend_on_keeps_its_masks():
+    class DeadEnd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.dead = nn.Linear(3 * 256, 5), nn.Linear(3 * 256, 5)
+            self.end, self.fc = nn.Linear(5, 4), nn.Linear(5, 4)
+
+        def forward(self, x):
+            x = x.flatten(1)
+            self.end(self.dead(x))
+            return self.fc(F.relu(self.body(x)))
+
+    model = DeadEnd().double().eval()
+    masked, data = frozen(model), CleanSet(random_set().images, torch.arange(23) % 4)
+    config = DefenseConfig(exposure="weights", weight_penalty=0, fit_lr=0.5)
+    exposure = WeightExposure(masked, copy.deepcopy(model), data, 1, config)
+    MaskFit(masked, exposure, data, config).epoch(0)
+    assert (masks(masked)["dead"] == 1).all()
+    assert (masks(masked)["body"] != 1).any()
