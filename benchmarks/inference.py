@@ -34,7 +34,7 @@ def inference(width: int, size: int, batch: int, quick: bool, percent: int = 0) 
     masked, x = wrap(network(width)), batch_of(size, batch)[0]
     x_last = x.to(memory_format=torch.channels_last)
     prune(masked, percent)
-    model = unwrap(masked)
+    frozen, model = copy.deepcopy(masked), unwrap(masked)
     last = channels_last(copy.deepcopy(model))
     best = channels_last(folded(model, mask=False))
     exact = copy.deepcopy(model).double()
@@ -46,7 +46,7 @@ def inference(width: int, size: int, batch: int, quick: bool, percent: int = 0) 
             "torch, channels-last": partial(logits, last, x_last),
             "torch, channels-last, folded": partial(logits, best, x_last),
             OURS: partial(logits, masked, x),
-            KEPT: Kept(masked, partial(logits, masked, x)),
+            KEPT: Kept(frozen, partial(logits, frozen, x)),
         },
         logits(exact, x.double()),
         limit=1e-4,
