@@ -406,6 +406,28 @@ class MaskedSyncBatchNorm(_MaskedBatchNorm, nn.SyncBatchNorm):
     plain = nn.SyncBatchNorm
 
 
+# By the class that they mask.
+MASKED: dict[type[nn.Module], type[MaskedLayer]] = {
+    nn.MultiheadAttention: MaskedHeads,
+    **{
+        cls.plain: cls
+        for cls in (
+            MaskedConv1d,
+            MaskedConv2d,
+            MaskedConv3d,
+            MaskedConvTranspose1d,
+            MaskedConvTranspose2d,
+            MaskedConvTranspose3d,
+            MaskedLinear,
+            MaskedBatchNorm1d,
+            MaskedBatchNorm2d,
+            MaskedBatchNorm3d,
+            MaskedSyncBatchNorm,
+        )
+    },
+}
+
+
 def block_terms(conv: nn.Conv2d | None, norm: _BatchNorm | None) -> Terms:
     """Mask, scale, shift and bias of the equation; u is the convolution without its bias."""
     if isinstance(norm, _MaskedBatchNorm):

@@ -11,44 +11,11 @@ from torch.nn.utils import parametrize
 
 from .dataflow import LAYERS, NORM, Flow, data_flow
 from .fusion import FusedForward, fuse_blocks
-from .layers import (
-    MaskedBatchNorm1d,
-    MaskedBatchNorm2d,
-    MaskedBatchNorm3d,
-    MaskedConv1d,
-    MaskedConv2d,
-    MaskedConv3d,
-    MaskedConvTranspose1d,
-    MaskedConvTranspose2d,
-    MaskedConvTranspose3d,
-    MaskedHeads,
-    MaskedLayer,
-    MaskedLinear,
-    MaskedSyncBatchNorm,
-)
+from .layers import MASKED, MaskedConv2d, MaskedLayer
 from .maskable import Selector, check_copies, check_weights, quantized_modules, select
 from .ops.conv import ALGORITHMS, allows
 
 SITES = ("auto", "neuron", "norm", "filter")
-_MASKED: dict[type[nn.Module], type[MaskedLayer]] = {
-    nn.MultiheadAttention: MaskedHeads,
-    **{
-        cls.plain: cls
-        for cls in (
-            MaskedConv1d,
-            MaskedConv2d,
-            MaskedConv3d,
-            MaskedConvTranspose1d,
-            MaskedConvTranspose2d,
-            MaskedConvTranspose3d,
-            MaskedLinear,
-            MaskedBatchNorm1d,
-            MaskedBatchNorm2d,
-            MaskedBatchNorm3d,
-            MaskedSyncBatchNorm,
-        )
-    },
-}
 
 
 def wrap(
@@ -141,7 +108,7 @@ def wrap(
     for name, (module, chosen_site) in targets.items():
         if name not in chosen:
             continue
-        layer = _MASKED[type(module)].adopt(module, chosen_site)
+        layer = MASKED[type(module)].adopt(module, chosen_site)
         layer.weight_owner = flow.norm_inputs.get(name, "")
         if isinstance(layer, MaskedConv2d) and allows(layer, algorithm):
             layer.algorithm = algorithm
@@ -158,10 +125,10 @@ def wrap(
 def _targets(model: nn.Module, flow: Flow, site: str) -> dict[str, tuple[nn.Module, str]]:
     """What shall have a mask, by the name of the layer that will hold it: a module and its site."""
     layers = dict(model.named_modules())
-    followed = {layer for norm, layer in flow.norm_inputs.items() if type(layers[norm]) in _MASKED}
+    followed = {layer for norm, layer in flow.norm_inputs.items() if type(layers[norm]) in MASKED}
     targets = {}
     for name, module in layers.items():
-        maskable = type(module) in _MASKED or parametrize.is_parametrized(module)
+        maskable = type(module) in MASKED or parametrize.is_parametrized(module)
         if name not in flow.runs or name in flow.outputs or not maskable:
             continue
         is_norm, is_attention = isinstance(module, NORM), isinstance(module, nn.MultiheadAttention)

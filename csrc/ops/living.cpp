@@ -50,18 +50,16 @@ Tensor Living::filters(const Tensor& weight) const {
   if (all()) return weight;
   const int64_t size = conv.c * conv.taps();
   Tensor part = empty_image({conv.k, size, 1, 1}, weight.scalar_type());
-  const int64_t stride_k = weight.stride(0), stride_c = weight.stride(1);
-  const int64_t stride_q = conv.kw > 1 ? weight.stride(3) : weight.stride(2);
   with_type(weight.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const T* const source = data<T>(weight);
+    const cpu::Weights<T> w = weights_of<T>(weight, false);
     T* const target = mutable_data<T>(part);
     torch::stable::parallel_for(0, conv.k, grain(size), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const T* from = source + neurons[i] * stride_k;
+        const T* from = w.data + neurons[i] * w.stride_j;
         T* to = target + i * size;
         for (int64_t c = 0; c < conv.c; ++c)
-          for (int64_t q = 0; q < conv.taps(); ++q) *to++ = from[c * stride_c + q * stride_q];
+          for (int64_t q = 0; q < conv.taps(); ++q) *to++ = from[c * w.stride_d + q * w.stride_q];
       }
     });
   });
