@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mnp_fast.ops import masked_conv2d
+from mnp_fast.ops import masked_conv2d, masked_linear
 from mnp_fast.ops.conv import output_size
 
 from .compiled import add_compiled, compiled
@@ -130,6 +130,21 @@ class Layer:
             [True, False, False],
         )[0]
 
+    def masked(self, x: Tensor, vectors: Tensors, algorithm: str) -> Tensor:
+        """What this project does forward, given mask, scale, shift and bias."""
+        given: dict[str, Any] = {**self.options, "algorithm": algorithm}
+        return masked_conv2d(x, self.weight, *vectors, activation="relu", **given)
+
+    def masked_grads(
+        self, grad: Tensor, x: Tensor, y: Tensor, u: Tensor, vectors: Tensors, algorithm: str
+    ) -> tuple[Tensor, Tensor]:
+        """What this project does backward: sums a sample and neuron, and the gradient of x."""
+        geometry, needs = (*self.geometry, self.shape.groups), (True, False, False, True)
+        dx, _, _, sums = torch.ops.mnp_fast.masked_conv2d_backward(
+            grad, x, self.weight, y, u, *vectors, *geometry, *needs, algorithm
+        )
+        return sums, dx
+
     def random(self, *sizes: int) -> Tensor:
         return torch.randn(sizes, generator=self.generator)
 
@@ -161,8 +176,7 @@ class Layer:
             return (u.mul_(gain).add_(offset[:, None, None]).relu_(),)
 
         def ours(algorithm: str) -> Tensors:
-            given: dict[str, Any] = {**self.options, "algorithm": algorithm}
-            return (masked_conv2d(x, self.weight, *vectors, activation="relu", **given),)
+            return (self.masked(x, vectors, algorithm),)
 
         case = Case(
             f"{self.name}, forward",
@@ -213,11 +227,8 @@ class Layer:
             return (dz * t).sum((0, 2, 3)), self.input_grad(dz * gain, x, weight)
 
         def ours(algorithm: str) -> Tensors:
-            vectors, needs = (self.mask, self.scale, self.shift), (True, False, False, True)
-            geometry = *self.geometry, self.shape.groups
-            dx, _, _, sums = torch.ops.mnp_fast.masked_conv2d_backward(
-                grad, x, self.weight, y, u, *vectors, *geometry, *needs, algorithm
-            )
+            vectors = self.mask, self.scale, self.shift
+            sums, dx = self.masked_grads(grad, x, y, u, vectors, algorithm)
             return sums[1].sum(0), dx
 
         doubles = [v.double() for v in (gain, self.grad, self.x, self.weight, exact, exact_t)]
@@ -242,14 +253,26 @@ class Layer:
 
 
 class Linear(Layer):
-    """The same of a linear layer, which is a 1x1 convolution of images of one pixel."""
+    """The same of a linear layer, as images of one pixel."""
 
     def __init__(self, channels: int, neurons: int, batch: int) -> None:
         super().__init__(Shape(channels, neurons, 1, kernel=1), batch)
         self.name = f"linear, {channels} to {neurons}, batch {batch}"
+        self.algorithms = ("product",)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x.flatten(1), weight.flatten(1), bias)[:, :, None, None]
 
     def input_grad(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         return (grad.flatten(1) @ weight.flatten(1))[:, :, None, None]
+
+    def masked(self, x: Tensor, vectors: Tensors, algorithm: str) -> Tensor:
+        y = masked_linear(x.flatten(1), self.weight.flatten(1), *vectors, activation="relu")
+        return y[:, :, None, None]
+
+    def masked_grads(
+        self, grad: Tensor, x: Tensor, y: Tensor, u: Tensor, vectors: Tensors, algorithm: str
+    ) -> tuple[Tensor, Tensor]:
+        needs = (True, False, True)
+        g, _, sums = torch.ops.mnp_fast.masked_affine_backward(grad, u, y, *vectors, *needs)
+        return sums, self.input_grad(g, x, self.weight)

@@ -40,21 +40,19 @@ struct OutputLane {
   int64_t count;
   OutputLane(const Epilogue<T>* epilogue, int64_t sample, int64_t first, int64_t used)
       : e(epilogue), count(used) {
-    if (!e || !e->mask) return;
+    if (!e->mask) return;
     mask = load_some<T>(e->mask + sample * e->mask_stride + first, count);
     scale = load_some<T>(e->scale + first, count);
     shift = load_some<T>(e->shift + first, count);
     bias = load_some<T>(e->bias + first, count);
   }
-  // Writes at `element` of the image; without an epilogue u itself.
+  // Writes at `element` of the image.
   void write(T* output, int64_t element, Vec<T> u) const {
-    if (e) {
-      if (e->u) store_some<T>(e->u + element, u, count);
-      if (e->mask) u = mask * (scale * u + shift) + bias;
-      if (e->residual) u += load_some<T>(e->residual + element, count);
-      if (e->active) store_flags<T>(e->active + element, ~(u <= T(0)), count);
-      if (e->relu) u = u < T(0) ? Vec<T>{} : u;
-    }
+    if (e->u) store_some<T>(e->u + element, u, count);
+    if (e->mask) u = mask * (scale * u + shift) + bias;
+    if (e->residual) u += load_some<T>(e->residual + element, count);
+    if (e->active) store_flags<T>(e->active + element, ~(u <= T(0)), count);
+    if (e->relu) u = u < T(0) ? Vec<T>{} : u;
     store_some<T>(output + element, u, count);
   }
 };
@@ -64,8 +62,11 @@ template <class T>
 inline void write_pixel(const Epilogue<T>* e, const T* u, int64_t sample, int64_t first,
                         int64_t count, T* output, int64_t element) {
   constexpr int64_t L = VecOf<T>::lanes;
-  for (int64_t j = 0; j < count; j += L) {
-    const int64_t used = min(L, count - j);
-    OutputLane<T>(e, sample, first + j, used).write(output, element + j, load_some<T>(u + j, used));
-  }
+  const Epilogue<T> own = *e;  // no store can change it
+  int64_t j = 0;
+  for (; j + L <= count; j += L)
+    OutputLane<T>(&own, sample, first + j, L).write(output, element + j, load<T>(u + j));
+  if (const int64_t left = count - j; left > 0)
+    OutputLane<T>(&own, sample, first + j, left)
+        .write(output, element + j, load_some<T>(u + j, left));
 }

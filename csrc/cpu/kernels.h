@@ -74,7 +74,7 @@ struct Winograd {
   const T* zeros;                // depth zeros, read where a tile reaches outside the input
   T* output;                     // NHWC, width channels
   int64_t out_h, out_w, width;
-  const Epilogue<T>* epilogue;  // null: the convolution itself
+  const Epilogue<T>* epilogue;  // never null
 };
 
 // How the gradient of its weights is computed: `chunk` tiles are transformed at a time, and a unit

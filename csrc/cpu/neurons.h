@@ -74,31 +74,33 @@ void epilogue_grad_strip(const EpilogueGrad<T>& a, int64_t n, int64_t first, int
   constexpr int64_t L = VecOf<T>::lanes;
   const NeuronLayout& layout = a.layout;
   const int64_t vectors = (count + L - 1) / L;
-  Vec<T> scale[kStrip / L], shift[kStrip / L], gain[kStrip / L], total[3][kStrip / L] = {};
+  Vec<T> scale[kStrip / L], shift[kStrip / L], gain[kStrip / L], total[3][kStrip / L];
   for (int64_t v = 0; v < vectors; ++v) {
     const int64_t k = first + v * L, left = count - v * L;
     scale[v] = load_some<T>(a.scale + k, left);
     shift[v] = load_some<T>(a.shift + k, left);
     gain[v] = load_some<T>(a.mask + n * a.mask_stride + k, left) * scale[v];
+    for (int s = 0; s < 3; ++s) total[s][v] = Vec<T>{};
   }
   for (int64_t start = 0; start < layout.inner; start += kPartial) {
-    Vec<T> part[3][kStrip / L] = {};
+    Vec<T> part[3][kStrip / L];  // begun by the first pixel: clearing it shows where pixels are few
     for (int64_t i = start; i < min(layout.inner, start + kPartial); ++i)
       for (int64_t v = 0; v < vectors; ++v) {
         const int64_t left = count - v * L;
         const int64_t pixel = n * layout.inner + i, at = pixel * layout.neurons + first + v * L;
+        // All loads first: one behind a store to the same place of another page would wait for it.
         Vec<T> dz = load_some<T>(a.grad + at, left);
+        const Vec<T> u = a.u ? load_some<T>(a.u + at, left) : Vec<T>{};
         if (a.y) dz = load_some<T>(a.y + at, left) <= T(0) ? Vec<T>{} : dz;
         if (a.active) dz = load_flags<T>(a.active + at, left) ? dz : Vec<T>{};
         if (a.dz) store_some<T>(a.dz + at, dz, left);
         if (a.g) store_some<T>(a.g + pixel * a.g_stride + first + v * L, dz * gain[v], left);
         if (!a.sums) continue;
-        part[0][v] += dz;
-        if (!a.u) continue;
-        const Vec<T> u = load_some<T>(a.u + at, left);
-        part[1][v] += dz * (scale[v] * u + shift[v]);
-        part[2][v] += dz * u;
+        const Vec<T> t = a.u ? scale[v] * u + shift[v] : Vec<T>{};
+        const Vec<T> terms[3] = {dz, dz * t, dz * u};
+        for (int s = 0; s < 3; ++s) part[s][v] = i == start ? terms[s] : part[s][v] + terms[s];
       }
+    if (!a.sums) continue;
     for (int s = 0; s < 3; ++s)
       for (int64_t v = 0; v < vectors; ++v) total[s][v] += part[s][v];
   }

@@ -59,6 +59,11 @@ struct DirectScratch {
   }
 };
 
+// How many multiples of `step`, from 0 on and at most `most`, lie below `end`.
+inline int64_t steps_to(int64_t end, int64_t step, int64_t most) {
+  return end <= 0 ? 0 : min(most, (end + step - 1) / step);
+}
+
 template <class T>
 inline void find_pixels(const Direct<T>& a, int64_t begin, int64_t pixels,
                         const DirectScratch<T>& to) {
@@ -68,12 +73,15 @@ inline void find_pixels(const Direct<T>& a, int64_t begin, int64_t pixels,
     for (int64_t q = 0; q < a.taps; ++q) {
       const int64_t h = p.i * a.step_h + a.tap_h[q], w = p.j * a.step_w + a.tap_w[q];
       const T** reads = to.reads + q * pixels + s;
-      const bool inside = h >= 0 && h < a.in_h;
-      const T* line = inside ? a.input + (p.n * a.in_h + h) * a.in_w * a.in_stride : nullptr;
-      for (int64_t k = 0; k < row; ++k) {
-        const int64_t at = w + k * a.step_w;
-        reads[k] = inside && at >= 0 && at < a.in_w ? line + at * a.in_stride : to.zeros;
+      if (h < 0 || h >= a.in_h) {
+        for (int64_t k = 0; k < row; ++k) reads[k] = to.zeros;
+        continue;
       }
+      const int64_t left = steps_to(-w, a.step_w, row), right = steps_to(a.in_w - w, a.step_w, row);
+      const T* line = a.input + (p.n * a.in_h + h) * a.in_w * a.in_stride;
+      for (int64_t k = 0; k < left; ++k) reads[k] = to.zeros;
+      for (int64_t k = left; k < right; ++k) reads[k] = line + (w + k * a.step_w) * a.in_stride;
+      for (int64_t k = right; k < row; ++k) reads[k] = to.zeros;
     }
     const int64_t first = (p.n * a.out_h + a.out_origin_h + p.i * a.out_step_h) * a.out_w +
                           a.out_origin_w + p.j * a.out_step_w;

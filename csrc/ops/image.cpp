@@ -10,28 +10,43 @@ torch_from_blob(void* data, int64_t ndim, const int64_t* sizes, const int64_t* s
                 int64_t metadata_size, void (*deleter)(void* data, void* context), void* context);
 
 namespace mnp::ops {
+namespace {
 
-Tensor empty_image(const std::vector<int64_t>& sizes, ScalarType type) {
-  const int64_t pixels = sizes[0] * sizes[2] * sizes[3];
-  if (!torch_from_blob || pixels * sizes[1] == 0)
-    return torch::stable::empty({sizes.data(), sizes.size()}, type, std::nullopt, std::nullopt,
-                                std::nullopt, MemoryFormat::ChannelsLast);
-  const int64_t strides[] = {sizes[1] * sizes[2] * sizes[3], 1, sizes[3] * sizes[1], sizes[1]};
+// A tensor whose elements lie at these strides, without gaps; torch_from_blob is there.
+Tensor in_kept_memory(const Ints& sizes, const Ints& strides, ScalarType type) {
   const auto [element, dtype] =
       type == ScalarType::Double  ? std::pair(sizeof(double), aoti_torch_dtype_float64())
       : type == ScalarType::Float ? std::pair(sizeof(float), aoti_torch_dtype_float32())
                                   : std::pair(sizeof(uint8_t), aoti_torch_dtype_uint8());
+  int64_t elements = 1;
+  for (const int64_t size : sizes) elements *= size;
   AtenTensorHandle handle = nullptr;
-  void* const memory = take_memory(pixels * sizes[1] * element);
+  void* const memory = take_memory(elements * element);
   const AOTITorchError failed = torch_from_blob(
-      memory, 4, sizes.data(), strides, 0, dtype, aoti_torch_device_type_cpu(), -1, &handle,
-      aoti_torch_layout_strided(), nullptr, 0, [](void* data, void*) { give_memory(data); },
-      nullptr);
+      memory, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0, dtype,
+      aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
+      [](void* data, void*) { give_memory(data); }, nullptr);
   if (failed) {
     give_memory(memory);
-    fail("mnp_fast: torch cannot make an image of ", pixels, " pixels");
+    fail("mnp_fast: torch cannot make a tensor of ", elements, " elements");
   }
   return Tensor(handle);
+}
+
+}  // namespace
+
+Tensor empty_image(const Ints& sizes, ScalarType type) {
+  const int64_t row = sizes[3] * sizes[1], image = sizes[2] * row;
+  if (!torch_from_blob || sizes[0] * image == 0)
+    return torch::stable::empty({sizes.data(), sizes.size()}, type, std::nullopt, std::nullopt,
+                                std::nullopt, MemoryFormat::ChannelsLast);
+  return in_kept_memory(sizes, {image, 1, row, sizes[1]}, type);
+}
+
+Tensor empty_as(const Tensor& dense) {
+  if (!torch_from_blob || dense.numel() == 0) return torch::stable::empty_like(dense);
+  const auto strides = dense.strides();
+  return in_kept_memory(sizes_of(dense), {strides.begin(), strides.end()}, dense.scalar_type());
 }
 
 }  // namespace mnp::ops

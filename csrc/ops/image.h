@@ -1,12 +1,15 @@
-// Images that operators return.
+// What operators return. Its memory is kept for the next one, as that of workspace.h, where torch
+// (from 2.11 on) can say when it is no longer used.
 #pragma once
 
 #include "tensors.h"
 
 namespace mnp::ops {
 
-// An uninitialized channels-last image (N, C, H, W). Its memory is kept for the next one, as that
-// of workspace.h, where torch (from 2.11 on) can say when it is no longer used.
-Tensor empty_image(const std::vector<int64_t>& sizes, ScalarType type);
+// An uninitialized channels-last image (N, C, H, W).
+Tensor empty_image(const Ints& sizes, ScalarType type);
+
+// An uninitialized tensor of the sizes, strides and type of one whose elements lie without gaps.
+Tensor empty_as(const Tensor& dense);
 
 }  // namespace mnp::ops

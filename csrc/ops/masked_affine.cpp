@@ -1,3 +1,4 @@
+#include "image.h"
 #include "ops.h"
 
 namespace mnp::ops {
@@ -48,7 +49,7 @@ Tensor masked_affine(const Tensor& x, const MaybeTensor& mask, const MaybeTensor
     check_like(op, "residual", *residual, x);
     r = plan.arrange(*residual);
   }
-  Tensor y = torch::stable::empty_like(plan.x);
+  Tensor y = empty_as(plan.x);
   with_type(plan.type, [&](auto zero) {
     using T = decltype(zero);
     cpu::Epilogue<T> e{};
@@ -84,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_affine_backward(const Tensor& grad, co
   MaybeTensor out;
   if (y) out = plan.arrange(*y);
   const auto output = [&](bool needed) {
-    return needed ? torch::stable::empty_like(plan.x) : torch::stable::empty({0}, plan.type);
+    return needed ? empty_as(plan.x) : torch::stable::empty({0}, plan.type);
   };
   Tensor dx = output(need_x), dres = output(need_residual);
   Tensor sums = need_sums ? torch::stable::empty({3, layout.batch, layout.neurons}, plan.type)

@@ -4,13 +4,13 @@
 
 namespace mnp::ops {
 
-std::vector<int64_t> sizes_of(const Tensor& t) {
-  std::vector<int64_t> sizes(t.dim());
+Ints sizes_of(const Tensor& t) {
+  Ints sizes(t.dim());
   for (int64_t i = 0; i < t.dim(); ++i) sizes[i] = t.size(i);
   return sizes;
 }
 
-std::string shape_of(const std::vector<int64_t>& sizes) {
+std::string shape_of(const Ints& sizes) {
   std::string text = "(";
   for (size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
   return text + (sizes.size() == 1 ? ",)" : ")");

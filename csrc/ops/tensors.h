@@ -19,6 +19,7 @@ using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
+using Ints = std::vector<int64_t>;
 
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
@@ -30,10 +31,10 @@ template <class... Parts>
 #define MNP_CHECK(condition, ...) \
   if (!(condition)) ::mnp::ops::fail(__VA_ARGS__)
 
-std::vector<int64_t> sizes_of(const Tensor& t);
+Ints sizes_of(const Tensor& t);
 
 // "(2, 3)" as Python writes it, for messages.
-std::string shape_of(const std::vector<int64_t>& sizes);
+std::string shape_of(const Ints& sizes);
 std::string shape_of(const Tensor& t);
 
 // float32 for half types, else the type itself; fails for others, naming the operator.
