@@ -10,7 +10,7 @@ BUILT = $(VENV)/.built
 SOURCES = $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize lint format wheel results bench clean
+.PHONY: help demo test sanitize emulate lint format wheel results bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,22 +32,26 @@ demo: $(BUILT) ## train a backdoored network on real images, defend it, show bef
 test: $(BUILT) ## run the tests
 	$(RUN)/python -m pytest
 
-# A build of its own in an environment of its own, which takes the packages from the other one.
-SANITIZE = build/sanitize
+# Builds of their own, each in an environment of its own that takes the packages from the other one.
+build/sanitize/.built: OPTION = MNP_SANITIZE
+build/emulate/.built: OPTION = MNP_EMULATE_AVX512
 PRELOAD = $(foreach name,libasan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(name)))
 
-$(SANITIZE)/.built: $(BUILT)
-	$(RUN)/python -m venv --clear --without-pip $(SANITIZE)/venv
+build/%/.built: $(BUILT)
+	$(RUN)/python -m venv --clear --without-pip $(@D)/venv
 	$(RUN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
-		> "$$($(SANITIZE)/venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth"
-	$(RUN)/pip --python $(SANITIZE)/venv/bin/python install --quiet --no-build-isolation --no-deps \
-		--ignore-installed -Cbuild-dir=$(SANITIZE)/objects -Ccmake.define.MNP_SANITIZE=ON -Cinstall.strip=false \
+		> "$$($(@D)/venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth"
+	$(RUN)/pip --python $(@D)/venv/bin/python install --quiet --no-build-isolation --no-deps \
+		--ignore-installed -Cbuild-dir=$(@D)/objects -Ccmake.define.$(OPTION)=ON -Cinstall.strip=false \
 		-Ccmake.define.CMAKE_CXX_COMPILER=$(CXX) --editable .
 	@touch $@
 
-sanitize: $(SANITIZE)/.built ## run the operators' tests under AddressSanitizer and UBSan (GCC)
+sanitize: build/sanitize/.built ## run the operators' tests under AddressSanitizer and UBSan (GCC)
 	LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		$(SANITIZE)/venv/bin/python -m pytest -p no:cacheprovider --capture=sys tests/ops
+		$(<D)/venv/bin/python -m pytest -p no:cacheprovider --capture=sys tests/ops
+
+emulate: build/emulate/.built ## run the operators' tests on the AVX-512 kernels, compiled for AVX2
+	MNP_FAST_CPU=avx512 $(<D)/venv/bin/python -m pytest -p no:cacheprovider tests/ops
 
 lint: $(BUILT) ## check style and types
 	$(RUN)/ruff check .

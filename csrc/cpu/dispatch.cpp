@@ -22,10 +22,15 @@ std::vector<InstructionSet> instruction_sets() {
   std::vector<InstructionSet> sets{{&kernels_baseline, true}};
 #ifdef MNP_X86
   __builtin_cpu_init();
-  sets.push_back({&kernels_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
-  sets.push_back({&kernels_avx512,
-                  __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")});
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#ifdef MNP_EMULATE_AVX512
+  const bool avx512 = avx2;
+#else
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+  sets.push_back({&kernels_avx2, avx2});
+  sets.push_back({&kernels_avx512, avx512});
 #endif
   return sets;
 }
