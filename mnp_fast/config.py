@@ -54,8 +54,8 @@ class DefenseConfig:
         Largest share of the neurons, in (0, 1], that may be cut; twice as many where the
         suspect class is conspicuous.
     max_drop
-        Largest loss of clean accuracy, in points, that the cut may cost on the clean set;
-        twice as much where the suspect class is conspicuous.
+        Largest loss of clean accuracy, in points, that the cut may cost on the clean set, and
+        its standard error on top; twice as much where the suspect class is conspicuous.
     conspicuous
         The suspect class is conspicuous if its offset has at most this share of the median size of
         the other suspects' offsets, in [0, 1].
@@ -87,7 +87,7 @@ class DefenseConfig:
     fit_batch_size: int = 25
     fit_lr: float = 0.05
     fit_momentum: float = 0.9
-    max_exposed: float = 8.0
+    max_exposed: float = 10.0
     max_pruned: float = 0.03
     max_drop: float = 3.0
     conspicuous: float = 0.65

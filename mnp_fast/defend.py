@@ -260,7 +260,7 @@ class _Defense:
             for point in points:
                 curve.append(point)
                 advance()
-        cut = choose(curve, self.config, conspicuous)
+        cut = choose(curve, len(self.data), self.config, conspicuous)
         prune(self.masked, order[: cut.pruned])
         seconds = {**self.state.seconds, "select": time.perf_counter() - start}
         return DefenseResult(

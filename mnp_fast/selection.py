@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -64,17 +65,23 @@ def cut_points(
         yield CutPoint(count, accuracy, loss, exposure.success())
 
 
-def choose(curve: Sequence[CutPoint], config: DefenseConfig, conspicuous: bool) -> CutPoint:
+def choose(
+    curve: Sequence[CutPoint], images: int, config: DefenseConfig, conspicuous: bool
+) -> CutPoint:
     """The smallest cut that stops the exposure within the limits, or the curve's first point.
 
     A backdoor is carried by few neurons. Where no cut of the curve brings the exposure's success
-    down to `max_exposed` percent within `max_drop` points of clean accuracy, what was exposed is
+    down to `max_exposed` percent at an admissible loss of clean accuracy, what was exposed is
     a weakness that clean features share, and nothing is cut. A conspicuous suspect class is
-    evidence of its own, so that a cut may cost more.
+    evidence of its own, so that a cut may cost more. A loss is admissible unless it exceeds
+    `max_drop` by more than the standard error of a loss measured on so many images.
     """
-    lowest = curve[0].accuracy - config.max_drop * _slack(conspicuous)
+    most = config.max_drop * _slack(conspicuous)
     for point in curve:
-        if point.exposed <= config.max_exposed and point.accuracy >= lowest:
+        drop = curve[0].accuracy - point.accuracy
+        # At least this share of the answers changed; of its count, the root is the error.
+        error = math.sqrt(100 * max(drop, 0.0) / images)
+        if point.exposed <= config.max_exposed and drop - error <= most:
             return point
     return curve[0]
 

@@ -121,6 +121,9 @@ def test_cut_points_are_measured_on_the_pruned_network():
     assert len({point.loss for point in found}) > 6
 
 
+MANY = 10**12  # images: no standard error to speak of
+
+
 def curve(*pairs):
     return [CutPoint(2 * k, accuracy, 0.1, e) for k, (accuracy, e) in enumerate(pairs)]
 
@@ -138,20 +141,30 @@ def curve(*pairs):
 )
 def test_choice(pairs, chosen):
     points = curve(*pairs)
-    assert choose(points, DefenseConfig(max_exposed=20, max_drop=5), False) is points[chosen]
+    assert choose(points, MANY, DefenseConfig(max_exposed=20, max_drop=5), False) is points[chosen]
 
 
 def test_choice_follows_the_settings():
     points = curve((90, 100), (85, 40), (69, 10))
-    assert choose(points, DefenseConfig(max_exposed=40, max_drop=5), False).pruned == 2
-    assert choose(points, DefenseConfig(max_exposed=40, max_drop=4), False).pruned == 0
-    assert choose(points, DefenseConfig(max_exposed=39, max_drop=30), False).pruned == 4
+    assert choose(points, MANY, DefenseConfig(max_exposed=40, max_drop=5), False).pruned == 2
+    assert choose(points, MANY, DefenseConfig(max_exposed=40, max_drop=4), False).pruned == 0
+    assert choose(points, MANY, DefenseConfig(max_exposed=39, max_drop=30), False).pruned == 4
+
+
+@pytest.mark.parametrize(
+    ("images", "drop", "admissible"),
+    [(100, 4, True), (100, 5, True), (100, 6, False), (10_000, 4, False), (10_000, 3.1, True)],
+)
+def test_a_loss_counts_beyond_its_standard_error(images, drop, admissible):
+    points = curve((90, 100), (90 - drop, 0))
+    cut = choose(points, images, DefenseConfig(max_drop=3.0), False)
+    assert (cut is points[1]) == admissible
 
 
 def test_a_conspicuous_suspect_may_cost_twice_as_much():
     points = curve((90, 100), (75, 0))
     for allowed, pruned in ((7.5, 2), (7.4, 0)):
-        assert choose(points, DefenseConfig(max_drop=allowed), True).pruned == pruned
+        assert choose(points, MANY, DefenseConfig(max_drop=allowed), True).pruned == pruned
     for share, last in ((0.15, 3), (0.6, 10)):
         _, found = points_of(wide(10), conspicuous=True, max_pruned=share)
         assert found[-1].pruned == last
