@@ -9,7 +9,6 @@ import mnp_fast
 from mnp_fast.demo.resnet import ResNet18
 
 from .models import MODELS, Dynamic, randomize
-from .networks import RandomNetwork, silence
 
 SITES = ("auto", "neuron", "norm", "filter")
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
@@ -89,15 +88,6 @@ def test_outputs_are_equal(name, site, dtype):
     assert not small.training
     assert masked.training
     assert size(small) < size(model)
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_random_networks(seed):
-    model = randomize(RandomNetwork(seed)).double().eval()
-    masked = mnp_fast.wrap(model, SITES[seed % 2])
-    silence(mnp_fast.masks(masked), seed)
-    small = compacted(masked, torch.randn(3, 3, 7, 8, dtype=torch.float64), varies=False)
-    assert size(small) <= size(model)
 
 
 @pytest.mark.parametrize("site", ["neuron", "norm"])
