@@ -10,7 +10,7 @@ BUILT = $(VENV)/.built
 SOURCES = $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize lint format wheel results bench clean
+.PHONY: help demo test sanitize docs lint format wheel results bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ $(SANITIZE)/.built: $(BUILT)
 sanitize: $(SANITIZE)/.built ## run the operators' tests under AddressSanitizer and UBSan (GCC)
 	LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(SANITIZE)/venv/bin/python -m pytest -p no:cacheprovider --capture=sys tests/ops
+
+docs: $(BUILT) ## write the API reference to out/api; a warning is an error
+	$(RUN)/python -m sphinx -qEW --keep-going docs/api out/api
 
 lint: $(BUILT) ## check style and types
 	$(RUN)/ruff check .

@@ -60,7 +60,7 @@ def padded(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def weight_rows(layer: nn.Module) -> Tensor:
-    """The weight of a plain or masked layer that has one, with a row (neurons, *) a neuron."""
+    """The weight of a plain or masked layer that has one, with a row ``(neurons, *)`` a neuron."""
     if isinstance(layer, MaskedHeads):
         return layer.plain_weight.unflatten(1, (layer.heads, -1)).transpose(0, 1)
     if isinstance(layer, _TRANSPOSED):  # (channels, neurons of a group, *)
@@ -71,7 +71,7 @@ def weight_rows(layer: nn.Module) -> Tensor:
 
 
 def masked_output(y: Tensor, mask: Tensor, constant: Tensor | None) -> Tensor:
-    """``mask * (y - constant) + constant``, for an output (N, K, *) and a constant (K,)."""
+    """``mask * (y - constant) + constant``, for an output ``(N, K, *)`` and a constant (K,)."""
     if constant is None:
         return masked_affine(y, mask)
     return masked_affine(y, mask, shift=-constant, bias=constant)
