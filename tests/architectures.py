@@ -73,7 +73,9 @@ class Network(nn.Module):
             elif kind == "cat":
                 images.append(torch.cat([module(images[other]), latest], 1))
             elif kind == "first":
-                images.append(latest[:, : self.shapes[0][0]])
+                images.append(latest[:, :3])
+            elif kind == "rest":
+                images.append(latest[:, 2:])
             else:
                 a, b = latest.chunk(2, 1)
                 images.append(a * torch.tanh(b))
@@ -126,7 +128,9 @@ def _add_step(draw: Any, network: Network, max_pools: bool) -> None:
     elif kind == "again" and fits and min(h, w) > 2:
         network.add_step("apply", draw(st.sampled_from(fits)))
     elif kind == "channels" and c > 3:
-        network.add_step("halves" if c % 2 == 0 else "first", nn.Identity())
+        network.add_step(
+            draw(st.sampled_from(["first", "rest", *["halves"] * (c % 2 == 0)])), nn.Identity()
+        )
     elif kind in ("sum", "difference", "product", "cat"):
         shape = network.shapes[other]
         same = shape[1:] == (h, w) and (kind == "cat" or shape[0] == c)
