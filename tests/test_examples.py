@@ -1,5 +1,7 @@
 """The examples, on less data and with fewer epochs than when they are run."""
 
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -46,6 +48,17 @@ def test_triggered_images_have_the_attackers_labels(results):
     del samples[index]
     with pytest.raises(DataError, match="bd_test_dataset"):
         backdoorbench.triggered(results, attack)
+
+
+def test_files_of_numpy_1_are_read(results, tmp_path):
+    new, old = (folder / "attack_result.pt" for folder in (results, tmp_path))
+    with zipfile.ZipFile(new) as source, zipfile.ZipFile(old, "w") as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name).replace(b"numpy._core.", b"numpy.core."))
+    assert old.read_bytes().count(b"numpy.core.multiarray") >= 2
+    expected, found = (backdoorbench.read_attack(path.parent)["bd_test"] for path in (new, old))
+    for name in ("original_index_array", "poison_indicator"):
+        assert np.array_equal(expected[name], found[name])
 
 
 class Stranger:
