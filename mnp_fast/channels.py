@@ -20,10 +20,12 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .dataflow import Tracer, kind_of
-from .per_channel import VARIES, Channels, arguments, follow, shape_of
+from .per_channel import VARIES, Channels, arguments, follow, is_per_channel, shape_of
 
 Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+# Batch norms with dropout and an activation behind them, by name: their packages are not imported.
+_NORM_ACTS = {"timm.layers.norm_act.BatchNormAct2d"}
 CONVS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
@@ -207,7 +209,7 @@ class _Follower:
             return self._layer(node, len(shape) - 1 - len(kernel))
         if kind is nn.Linear:
             return self._layer(node, len(shape) - 1)
-        if kind in NORMS:
+        if kind in NORMS or _is_norm_act(kind):
             return self._norm(node)
         if kind in _ARITHMETIC:
             return self._arithmetic(node, kind, len(shape))
@@ -358,13 +360,20 @@ class _Follower:
             self.layers.append(layer)
         return Channels(dim, neurons, _constant_neurons(layer, weight))
 
-    def _norm(self, node: fx.Node) -> Channels:
-        norm, x = self.modules[str(node.target)], self._read(arguments(node)[0], 1)
+    def _norm(self, node: fx.Node) -> Channels | None:
+        norm = self.modules[str(node.target)]
+        behind = [norm.drop, norm.act] if _is_norm_act(type(norm)) else []
+        if not all(map(is_per_channel, behind)):
+            return None
+        x = self._read(arguments(node)[0], 1)
         if self.uses[str(node.target)] > 1:
             self.fates.pin(x.slots)
         else:
             self.norms.append((norm, x.slots))
-        return x._replace(constant=_constant_norm(norm, x.constant))
+        constant = _constant_norm(norm, x.constant)
+        for function in behind:
+            constant = torch.where(constant.isnan(), VARIES, function(constant.nan_to_num()))
+        return x._replace(constant=constant)
 
     def _arithmetic(self, node: fx.Node, kind: Any, rank: int) -> Channels | None:
         """An operation on two values, or on a value and a number."""
@@ -410,6 +419,10 @@ class _Follower:
             torch.cat([part.slots for part in parts]),
             torch.cat([part.constant for part in parts]),
         )
+
+
+def _is_norm_act(kind: Any) -> bool:
+    return isinstance(kind, type) and f"{kind.__module__}.{kind.__qualname__}" in _NORM_ACTS
 
 
 def _varying(value: Channels) -> Channels:

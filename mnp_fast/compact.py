@@ -27,12 +27,12 @@ def compact(model: nn.Module, example_inputs: tuple[Any, ...]) -> nn.Module:
     channels then stays and carries the others in its weights. A channel whose readers all have
     weights 0 for it is removed as well.
 
-    Followed are convolutions, transposed ones too, linear layers and batch norms, element-wise
-    functions, additions and products, concatenation, equal chunks, slices (what is in front of
-    their ends stays), pooling, padding, means and sums, `flatten`, `permute`. Channels that
-    anything else reads or makes stay, with what masks have left of them, and so do those of modules
-    that are called more than once. Nothing is removed of inputs and outputs. A layer that has no
-    neurons left keeps one.
+    Followed are convolutions, transposed ones too, linear layers, batch norms (also those of timm
+    with an activation behind them), element-wise functions, additions and products, concatenation,
+    equal chunks, slices (what is in front of their ends stays), pooling, padding, means and sums,
+    `flatten`, `permute`. Channels that anything else reads or makes stay, with what masks have left
+    of them, and so do those of modules that are called more than once. Nothing is removed of inputs
+    and outputs. A layer that has no neurons left keeps one.
 
     Parameters
     ----------

@@ -139,6 +139,11 @@ def follow(node: fx.Node, x: Channels, modules: dict[str, Any]) -> Followed | No
     return None if view is None else Followed(view, shares=True)
 
 
+def is_per_channel(module: nn.Module) -> bool:
+    """Whether a module makes every number of the number in its place alone."""
+    return type(module) in _PER_CHANNEL
+
+
 def arguments(node: fx.Node) -> tuple[Any, ...]:
     """The positional arguments of a node, of any type."""
     return node.args

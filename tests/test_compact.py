@@ -365,6 +365,43 @@ def test_layers_with_one_weight_are_cut_each_for_itself():
     assert (small[2].in_channels, small[5].in_channels) == (3, 4)
 
 
+class NormAct(nn.BatchNorm2d):
+    """A batch norm with an activation behind it."""
+
+    def __init__(self, channels, act):
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), act
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+class TimmNormAct(NormAct):
+    """One with the name of timm's, which is what it is known by."""
+
+    __module__, __qualname__ = "timm.layers.norm_act", "BatchNormAct2d"
+
+
+@pytest.mark.parametrize(
+    ("norm", "act", "left"),
+    [
+        (TimmNormAct, nn.ReLU(inplace=True), 3),
+        (TimmNormAct, nn.SiLU(), 3),
+        (TimmNormAct, nn.PReLU(), 6),
+        (NormAct, nn.ReLU(), 6),
+    ],
+)
+def test_norms_with_an_activation(norm, act, left):
+    model = sequence(
+        nn.Conv2d(3, 6, 1), norm(6, act), nn.Conv2d(6, 5, 3, padding=1), nn.Tanh(), *head(5)
+    )
+    model[1].bias.data[:4] = torch.tensor([1.0, -2, 3, 4])
+    model[1].running_mean[:4] = 0
+    small = compacted(masked_with(model, "neuron", {"0": range(4)}))
+    # Two vary, and one of the constants that are left carries the others past the border.
+    assert (small[0].out_channels, small[1].num_features, small[2].in_channels) == (left,) * 3
+
+
 class Parts(nn.Module):
     """Channels in two halves that gate each other, read by their places, or by their ends."""
 
