@@ -20,12 +20,11 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .dataflow import Tracer, kind_of
+from .layers import is_norm_act
 from .per_channel import VARIES, Channels, arguments, follow, is_per_channel, shape_of
 
 Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-# Batch norms with dropout and an activation behind them, by name: their packages are not imported.
-_NORM_ACTS = {"timm.layers.norm_act.BatchNormAct2d"}
 CONVS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
@@ -209,7 +208,7 @@ class _Follower:
             return self._layer(node, len(shape) - 1 - len(kernel))
         if kind is nn.Linear:
             return self._layer(node, len(shape) - 1)
-        if kind in NORMS or _is_norm_act(kind):
+        if kind in NORMS or is_norm_act(kind):
             return self._norm(node)
         if kind in _ARITHMETIC:
             return self._arithmetic(node, kind, len(shape))
@@ -362,7 +361,7 @@ class _Follower:
 
     def _norm(self, node: fx.Node) -> Channels | None:
         norm = self.modules[str(node.target)]
-        behind = [norm.drop, norm.act] if _is_norm_act(type(norm)) else []
+        behind = [norm.drop, norm.act] if is_norm_act(type(norm)) else []
         if not all(map(is_per_channel, behind)):
             return None
         x = self._read(arguments(node)[0], 1)
@@ -419,10 +418,6 @@ class _Follower:
             torch.cat([part.slots for part in parts]),
             torch.cat([part.constant for part in parts]),
         )
-
-
-def _is_norm_act(kind: Any) -> bool:
-    return isinstance(kind, type) and f"{kind.__module__}.{kind.__qualname__}" in _NORM_ACTS
 
 
 def _varying(value: Channels) -> Channels:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 import mnp_fast
 from mnp_fast.demo.resnet import ResNet18
 
-from .models import MODELS, Dynamic, randomize
+from .models import MODELS, Dynamic, NormAct, TimmNormAct, randomize
 from .test_coverage import transformer
 
 SITES = ("auto", "neuron", "norm", "filter")
@@ -363,23 +363,6 @@ def test_layers_with_one_weight_are_cut_each_for_itself():
     dead = {"1": range(4), "3": range(3)}
     small = compacted(masked_with(model, "norm", dead))
     assert (small[2].in_channels, small[5].in_channels) == (3, 4)
-
-
-class NormAct(nn.BatchNorm2d):
-    """A batch norm with an activation behind it."""
-
-    def __init__(self, channels, act):
-        super().__init__(channels)
-        self.drop, self.act = nn.Identity(), act
-
-    def forward(self, x):
-        return self.act(self.drop(super().forward(x)))
-
-
-class TimmNormAct(NormAct):
-    """One with the name of timm's, which is what it is known by."""
-
-    __module__, __qualname__ = "timm.layers.norm_act", "BatchNormAct2d"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import sys
+import types
 from functools import partial
 
 import pytest
@@ -28,6 +30,7 @@ from mnp_fast.layers import (
 from mnp_fast.stats import magnitudes
 from mnp_fast.wrap import masked_layers
 
+from .models import TimmNormAct
 from .ops.cases import relative_error
 
 TOLERANCE = 1e-10
@@ -603,6 +606,29 @@ def test_subclasses_stay_as_they_are():
     assert list(mnp_fast.masks(masked)) == ["0"]  # in front of the norm, which has none
     with pytest.raises(ValueError, match="its layers are: 1 Shifted, 1 Doubled, 1 Linear"):
         mnp_fast.wrap(model[1:])
+
+
+def test_timm_s_norms_with_an_activation_have_masks_at_site_norm(monkeypatch):
+    package = types.ModuleType("timm.layers.norm_act")
+    package.BatchNormAct2d = TimmNormAct
+    monkeypatch.setitem(sys.modules, "timm", types.ModuleType("timm"))
+    monkeypatch.setitem(sys.modules, "timm.layers", types.ModuleType("timm.layers"))
+    monkeypatch.setitem(sys.modules, "timm.layers.norm_act", package)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), TimmNormAct(6, nn.SiLU()), nn.Conv2d(6, 4, 3),
+        TimmNormAct(4, nn.ReLU(inplace=True)), nn.Flatten(), nn.Linear(4 * 3 * 2, 3),
+    )  # fmt: skip
+    x = non_contiguous(2, 3, 7, 6)
+    masked = check_model(randomize(model).eval(), x, site="norm")
+    assert list(mnp_fast.masks(masked)) == ["1", "3"]
+    assert list(mnp_fast.masks(mnp_fast.wrap(model))) == ["0", "2"]
+    copied = pickle.loads(pickle.dumps(masked))
+    assert type(copied[1]) is type(masked[1])
+    assert torch.equal(copied(x), masked(x))
+    masked.train()
+    plain = mnp_fast.unwrap(masked)
+    assert type(plain[1]) is TimmNormAct
+    assert relative_error(plain(x), masked(x)) <= 1e-6
 
 
 def test_layers_that_run_in_train_mode_alone_get_no_mask():
