@@ -10,7 +10,7 @@ BUILT = $(VENV)/.built
 SOURCES = $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize emulate lint format wheel results bench clean
+.PHONY: help demo test sanitize emulate docs lint format wheel results bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ sanitize: build/sanitize/.built ## run the operators' tests under AddressSanitiz
 
 emulate: build/emulate/.built ## run the operators' tests on the AVX-512 kernels, compiled for AVX2
 	MNP_FAST_CPU=avx512 $(<D)/venv/bin/python -m pytest -p no:cacheprovider tests/ops
+
+docs: $(BUILT) ## write the API reference to out/api; a warning is an error
+	$(RUN)/python -m sphinx -qEW --keep-going docs/api out/api
 
 lint: $(BUILT) ## check style and types
 	$(RUN)/ruff check .

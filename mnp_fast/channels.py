@@ -17,12 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .dataflow import Tracer, kind_of
-from .per_channel import VARIES, Channels, arguments, follow, shape_of
+from .layers import is_norm_act
+from .per_channel import VARIES, Channels, arguments, follow, is_per_channel, shape_of
 
-Norm = nn.BatchNorm1d | nn.BatchNorm2d
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+CONVS = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+_CHUNKS = {torch.chunk, "chunk"}
 _ARITHMETIC: dict[Any, Callable[..., Tensor]] = {
     **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), torch.add),
     **dict.fromkeys((operator.sub, operator.isub, torch.sub, "sub", "sub_"), torch.sub),
@@ -92,10 +99,10 @@ class Layer:
     outputs
         (groups, neurons of a group) sets of its neurons.
     has_border
-        Whether it pads with zeros: a constant it reads is then none at the border.
+        Whether it makes of a constant what is none, at a border of zeros or as a transposed one.
     """
 
-    module: nn.Conv2d | nn.Linear
+    module: _ConvNd | nn.Linear
     uses: Tensor
     inputs: Tensor
     constant: Tensor
@@ -103,11 +110,17 @@ class Layer:
     has_border: bool
 
 
-def grouped_weight(module: nn.Conv2d | nn.Linear) -> Tensor:
+def grouped_weight(module: _ConvNd | nn.Linear) -> Tensor:
     """(groups, neurons of a group, channels of a group, positions of the kernel) float64, CPU."""
-    weight = module.weight.detach().double().cpu()
-    groups = module.groups if isinstance(module, nn.Conv2d) else 1
-    return weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+    weight = module.weight.detach().to("cpu", torch.float64, copy=True)
+    groups = 1 if isinstance(module, nn.Linear) else module.groups
+    weight = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+    return weight.transpose(1, 2) if is_transposed(module) else weight
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a layer's weight has its channels first, and then its neurons."""
+    return isinstance(module, _ConvTransposeNd)
 
 
 @dataclass
@@ -164,6 +177,7 @@ class _Follower:
         self.fates = Fates()
         self.values: dict[fx.Node, Channels] = {}
         self.names: dict[fx.Node, set[fx.Node]] = {}
+        self.chunks: dict[fx.Node, list[Channels]] = {}
         self.layers: list[Layer] = []
         self.norms: list[tuple[Norm, Tensor]] = []
         self.uses: Counter[str] = Counter()
@@ -175,7 +189,7 @@ class _Follower:
 
     def visit(self, node: fx.Node) -> None:
         """Find the channels of what a node computes; give up those it reads if that is unknown."""
-        if self._reads_other_facts(node):
+        if self._reads_other_facts(node) or self._chunk(node):
             return
         shape = shape_of(node)
         known = None if shape is None else self._follow(node, shape)
@@ -189,16 +203,22 @@ class _Follower:
         args, kind = arguments(node), kind_of(node, self.modules)
         if not args or self._has_hooks(node):
             return None
-        if kind is nn.Conv2d:
-            return self._layer(node, len(shape) - 3)
+        if kind in CONVS:
+            kernel = self.modules[str(node.target)].kernel_size
+            return self._layer(node, len(shape) - 1 - len(kernel))
         if kind is nn.Linear:
             return self._layer(node, len(shape) - 1)
-        if kind in NORMS:
+        if kind in NORMS or is_norm_act(kind):
             return self._norm(node)
         if kind in _ARITHMETIC:
             return self._arithmetic(node, kind, len(shape))
         if kind is torch.cat:
             return self._cat(node, len(shape))
+        if kind is operator.getitem and args[0] in self.values:
+            sliced = self._slice(self.values[args[0]], args[1])
+            if sliced is not None:
+                self._share(node, args[0])
+                return sliced
         tensors = [source for source in node.all_input_nodes if shape_of(source) is not None]
         if tensors != [args[0]] or args[0] not in self.values:
             return None
@@ -220,9 +240,10 @@ class _Follower:
 
     def _give_up(self, source: fx.Node) -> None:
         """The channels of a value stay, and may have been changed in place."""
-        if source in self.values:
+        value = self.values.pop(source, None)
+        for part in self.chunks.get(source, []) if value is None else [value]:
             self._overwrite(source)
-            self.fates.pin(self.values.pop(source).slots)
+            self.fates.pin(part.slots)
 
     def _share(self, node: fx.Node, source: fx.Node) -> None:
         """Both are names of the same memory."""
@@ -232,9 +253,11 @@ class _Follower:
 
     def _overwrite(self, source: fx.Node) -> None:
         """Nothing is constant any more of what shares memory with a value."""
-        for name in self.names.get(source, {source}) & self.values.keys():
-            value = self.values[name]
-            self.values[name] = value._replace(constant=torch.full_like(value.constant, VARIES))
+        for name in self.names.get(source, {source}):
+            if name in self.values:
+                self.values[name] = _varying(self.values[name])
+            if name in self.chunks:
+                self.chunks[name] = [_varying(part) for part in self.chunks[name]]
 
     def _pinned(self, dim: int, count: int) -> Channels:
         """Channels that vary and stay."""
@@ -274,6 +297,48 @@ class _Follower:
         read = [dims[index] if isinstance(index, slice) else [dims[index]] for index in indices]
         return not any(self.values[source].dim in some for some in read)
 
+    def _chunk(self, node: fx.Node) -> bool:
+        """Whether a node cuts a value into equal parts, or takes one of them."""
+        args, kind = arguments(node), kind_of(node, self.modules)
+        if kind is operator.getitem and args[0] in self.chunks:
+            self.values[node] = self.chunks[args[0]][args[1]]
+            self._share(node, args[0])
+            return True
+        x = self.values.get(args[0]) if kind in _CHUNKS else None
+        positional = dict(zip(("chunks", "dim"), args[1:], strict=False))
+        given: dict[str, Any] = {"dim": 0, **positional, **node.kwargs}
+        if x is None or not all(isinstance(value, int) for value in given.values()):
+            return False
+        shape = shape_of(args[0]) or ()
+        count, dim = given["chunks"], given["dim"] % len(shape)
+        parts = [x] * count
+        if dim == x.dim:
+            if shape[dim] % count:
+                return False
+            sides = (side.split(shape[dim] // count) for side in (x.slots, x.constant))
+            parts = [Channels(dim, *side) for side in zip(*sides, strict=True)]
+            for part in parts[1:]:  # they stay equally long
+                self.fates.join(part.slots, parts[0].slots)
+        self.chunks[node] = parts
+        self._share(node, args[0])
+        return True
+
+    def _slice(self, x: Channels, index: Any) -> Channels | None:
+        """``x[:, a:b]``: what is in front of its ends stays, so that they mean the same."""
+        parts = index if isinstance(index, tuple) else (index,)
+        if not all(isinstance(part, slice) for part in parts):
+            return None
+        part = parts[x.dim] if x.dim < len(parts) else slice(None)
+        start, stop = part.start or 0, part.stop
+        if part.step not in (None, 1) or any(
+            not isinstance(end, int) or end < 0 for end in (start, stop or 0)
+        ):
+            return None
+        if start == 0 and stop is None:
+            return x
+        self.fates.pin(x.slots[: start + 1 if stop is None else stop])  # one of the rest, too
+        return x._replace(slots=x.slots[part], constant=x.constant[part])
+
     def _layer(self, node: fx.Node, dim: int) -> Channels:
         module = self.modules[str(node.target)]
         x, weight = self._read(arguments(node)[0], dim), grouped_weight(module)
@@ -284,7 +349,7 @@ class _Follower:
             x.slots.reshape(len(weight), -1),
             x.constant.reshape(len(weight), -1),
             neurons.reshape(len(weight), -1),
-            isinstance(module, nn.Conv2d) and _pads_with_zeros(module),
+            is_transposed(module) or (isinstance(module, CONVS) and _pads_with_zeros(module)),
         )
         if self.uses[str(node.target)] > 1:
             # Another call would have to lose the same channels, with the same constants.
@@ -294,13 +359,20 @@ class _Follower:
             self.layers.append(layer)
         return Channels(dim, neurons, _constant_neurons(layer, weight))
 
-    def _norm(self, node: fx.Node) -> Channels:
-        norm, x = self.modules[str(node.target)], self._read(arguments(node)[0], 1)
+    def _norm(self, node: fx.Node) -> Channels | None:
+        norm = self.modules[str(node.target)]
+        behind = [norm.drop, norm.act] if is_norm_act(type(norm)) else []
+        if not all(map(is_per_channel, behind)):
+            return None
+        x = self._read(arguments(node)[0], 1)
         if self.uses[str(node.target)] > 1:
             self.fates.pin(x.slots)
         else:
             self.norms.append((norm, x.slots))
-        return x._replace(constant=_constant_norm(norm, x.constant))
+        constant = _constant_norm(norm, x.constant)
+        for function in behind:
+            constant = torch.where(constant.isnan(), VARIES, function(constant.nan_to_num()))
+        return x._replace(constant=constant)
 
     def _arithmetic(self, node: fx.Node, kind: Any, rank: int) -> Channels | None:
         """An operation on two values, or on a value and a number."""
@@ -348,7 +420,11 @@ class _Follower:
         )
 
 
-def _pads_with_zeros(conv: nn.Conv2d) -> bool:
+def _varying(value: Channels) -> Channels:
+    return value._replace(constant=torch.full_like(value.constant, VARIES))
+
+
+def _pads_with_zeros(conv: _ConvNd) -> bool:
     named = isinstance(conv.padding, str)
     padding = conv._reversed_padding_repeated_twice if named else conv.padding
     return conv.padding_mode == "zeros" and any(padding)

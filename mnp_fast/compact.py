@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.node import map_aggregate
 
-from .channels import ChannelFlow, Layer, Norm, channel_flow, grouped_weight
+from .channels import ChannelFlow, Layer, Norm, channel_flow, grouped_weight, is_transposed
 from .wrap import masked_layers, unwrap
 
 # A constant that carries larger ones is not smaller than this share of them.
@@ -27,11 +27,12 @@ def compact(model: nn.Module, example_inputs: tuple[Any, ...]) -> nn.Module:
     channels then stays and carries the others in its weights. A channel whose readers all have
     weights 0 for it is removed as well.
 
-    Followed are convolutions, linear layers and batch norms, element-wise functions, additions and
-    products, concatenation, pooling, padding, means and sums, `flatten`, `permute`. Channels that
-    anything else reads or makes stay, with what masks have left of them, and so do those of modules
-    that are called more than once. Nothing is removed of inputs and outputs. A layer that has no
-    neurons left keeps one.
+    Followed are convolutions, transposed ones too, linear layers, batch norms (also those of timm
+    with an activation behind them), element-wise functions, additions and products, concatenation,
+    equal chunks, slices (what is in front of their ends stays), pooling, padding, means and sums,
+    `flatten`, `permute`. Channels that anything else reads or makes stay, with what masks have left
+    of them, and so do those of modules that are called more than once. Nothing is removed of inputs
+    and outputs. A layer that has no neurons left keeps one.
 
     Parameters
     ----------
@@ -146,20 +147,19 @@ def _shrink_layer(layer: Layer, kept: Tensor) -> None:
     else:
         bias += left.sum(2)
     stay = outputs.any(1)
-    weight = torch.cat(
-        [w[o][:, i] for w, o, i in zip(weight[stay], outputs[stay], inputs[stay], strict=True)]
-    )
+    parts = [w[o][:, i] for w, o, i in zip(weight[stay], outputs[stay], inputs[stay], strict=True)]
+    weight = torch.cat([w.transpose(0, 1) if is_transposed(module) else w for w in parts])
     weight = weight.reshape(*weight.shape[:2], *module.weight.shape[2:])
     bias = bias[outputs]
     if module.bias is not None or bias.any():
         like = module.weight if module.bias is None else module.bias
         module.bias = _parameter(bias, like)
     module.weight = _parameter(weight, module.weight)
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = weight.shape
+    else:
         module.groups = int(stay.sum())
         module.in_channels, module.out_channels = int(inputs.sum()), int(outputs.sum())
-    else:
-        module.out_features, module.in_features = weight.shape
 
 
 def _shrink_norm(norm: Norm, kept: Tensor) -> None:

@@ -17,7 +17,7 @@ from .seeds import mixed
 
 @dataclass(frozen=True)
 class CleanSet:
-    """Images (N, *) and labels, int64 (N,), on one device, and the processes that share them."""
+    """Images ``(N, *)`` and labels, int64 (N,), on one device; the processes that share them."""
 
     images: Tensor
     labels: Tensor

@@ -58,7 +58,7 @@ def defend(
     Parameters
     ----------
     model
-        A classifier: images (N, *) to logits (N, classes). It is not changed.
+        A classifier: images ``(N, *)`` to logits (N, classes). It is not changed.
     data
         The clean set: a pair (images, labels) or an iterable of such batches, such as a
         DataLoader. Images floating-point as the model expects them; labels int64 (N,).

@@ -82,11 +82,16 @@ class Processes:
 
     def equalize(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors by those of the first process, so that rounding does not add up."""
-        if self.size > 1:
-            for tensor in tensors:
-                dense = tensor.detach().contiguous()
-                self._exchange(dist.broadcast, dense, group_src=0)
-                tensor.detach().copy_(dense)
+        if self.size == 1:
+            return
+        of_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            of_dtype.setdefault(tensor.dtype, []).append(tensor.detach())
+        for parts in of_dtype.values():  # as one flat tensor: an exchange is mostly latency
+            flat = torch.cat([part.reshape(-1) for part in parts])
+            self._exchange(dist.broadcast, flat, group_src=0)
+            for part, new in zip(parts, flat.split([p.numel() for p in parts]), strict=True):
+                part.copy_(new.reshape(part.shape))
 
     def gather(self, value: Any) -> list[Any]:
         """A picklable value of every process."""

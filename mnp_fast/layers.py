@@ -14,10 +14,12 @@ site       with batch norm                      without              what mask 0
 
 Other norms (group, layer, instance norm), and subclasses of batch norms, have no mask. That of the
 layer in front of them is at its output, ``norm(m * (u + bias))``: mask 0 makes the channel 0 there.
+One subclass, timm's `BatchNormAct2d`, has masks at site `norm` where a model is wrapped at that.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -60,7 +62,7 @@ def padded(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def weight_rows(layer: nn.Module) -> Tensor:
-    """The weight of a plain or masked layer that has one, with a row (neurons, *) a neuron."""
+    """The weight of a plain or masked layer that has one, with a row ``(neurons, *)`` a neuron."""
     if isinstance(layer, MaskedHeads):
         return layer.plain_weight.unflatten(1, (layer.heads, -1)).transpose(0, 1)
     if isinstance(layer, _TRANSPOSED):  # (channels, neurons of a group, *)
@@ -71,7 +73,7 @@ def weight_rows(layer: nn.Module) -> Tensor:
 
 
 def masked_output(y: Tensor, mask: Tensor, constant: Tensor | None) -> Tensor:
-    """``mask * (y - constant) + constant``, for an output (N, K, *) and a constant (K,)."""
+    """``mask * (y - constant) + constant``, for an output ``(N, K, *)`` and a constant (K,)."""
     if constant is None:
         return masked_affine(y, mask)
     return masked_affine(y, mask, shift=-constant, bias=constant)
@@ -361,9 +363,12 @@ class _MaskedBatchNorm(MaskedLayer, _BatchNorm):
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         beta = self.bias
         if self.training or self.running_mean is None or self.running_var is None:
-            y = super().forward(input)
+            y = self._normalize(input)
             return masked_output(y, self.mask, beta if self.site == "norm" else None)
         return masked_affine(input, *self.terms())
+
+    def _normalize(self, input: Tensor) -> Tensor:
+        return super().forward(input)
 
     def terms(self) -> Terms:
         """What the equation's operators take in eval mode with running statistics."""
@@ -406,6 +411,20 @@ class MaskedSyncBatchNorm(_MaskedBatchNorm, nn.SyncBatchNorm):
     plain = nn.SyncBatchNorm
 
 
+class _MaskedNormAct(_MaskedBatchNorm):
+    """Batch norms followed by their own `drop` and `act`; the mask is in front of these."""
+
+    sites: ClassVar[tuple[str, ...]] = ("norm",)
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(input)))
+
+    def _normalize(self, input: Tensor) -> Tensor:
+        return _BatchNorm.forward(self, input)
+
+
 # By the class that they mask.
 MASKED: dict[type[nn.Module], type[MaskedLayer]] = {
     nn.MultiheadAttention: MaskedHeads,
@@ -426,6 +445,39 @@ MASKED: dict[type[nn.Module], type[MaskedLayer]] = {
         )
     },
 }
+
+
+# Batch norms with `drop` and `act` behind them, by name: their packages are not imported.
+NORM_ACTS = {"MaskedBatchNormAct2d": ("timm.layers.norm_act", "BatchNormAct2d")}
+
+
+def is_norm_act(kind: Any) -> bool:
+    """Whether a class is a batch norm that is followed by its own `drop` and `act`."""
+    return isinstance(kind, type) and (kind.__module__, kind.__qualname__) in NORM_ACTS.values()
+
+
+_masked_norm_acts: dict[type[nn.Module], type[MaskedLayer]] = {}
+
+
+def masked_class(kind: type[nn.Module]) -> type[MaskedLayer] | None:
+    """The class that masks the layers of exactly this class."""
+    if not is_norm_act(kind):
+        return MASKED.get(kind)
+    if kind not in _masked_norm_acts:
+        members = {"plain": kind, "__module__": __name__}
+        made = type(f"Masked{kind.__qualname__}", (_MaskedNormAct, kind), members)
+        _masked_norm_acts[kind] = made
+    return _masked_norm_acts[kind]
+
+
+def __getattr__(name: str) -> type[MaskedLayer]:
+    """Masked classes that exist once a model has such layers, for pickles of it."""
+    if name not in NORM_ACTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    package, kind = NORM_ACTS[name]
+    masked = masked_class(getattr(import_module(package), kind))
+    assert masked is not None
+    return masked
 
 
 def block_terms(conv: nn.Conv2d | None, norm: _BatchNorm | None) -> Terms:

@@ -21,20 +21,27 @@ _ROUNDING = 1e-12  # of averages of equal numbers
 # Every channel of the result is made of the same channel of the first argument, in all places
 # by the same rule but for borders.
 _PER_CHANNEL = {
-    *(nn.Identity, nn.Dropout, nn.Dropout2d, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU),
-    *(nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid),
-    *(nn.Tanh, nn.Softplus, nn.Softsign, nn.LogSigmoid),
+    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
+    *(nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Softsign),
+    nn.LogSigmoid,
     *(F.relu, F.relu_, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish),
     *(F.hardswish, F.hardsigmoid, F.hardtanh, F.sigmoid, F.tanh, F.softplus, F.softsign),
     *(torch.relu, torch.relu_, torch.sigmoid, torch.tanh, torch.clamp, torch.abs, torch.neg),
     *("relu", "relu_", "sigmoid", "tanh", "clamp", "abs", "neg", "contiguous", "clone"),
 }
-_PER_IMAGE = {
-    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample),
-    *(nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d),
-    *(F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.interpolate),
+_RESIZES = {nn.Upsample, F.interpolate}
+# The same for images, by how many dimensions these have.
+_POOLS = ("MaxPool", "AvgPool", "AdaptiveAvgPool", "AdaptiveMaxPool")
+_PADS = ("ZeroPad", "ConstantPad", "ReflectionPad", "ReplicationPad")
+_FUNCTIONS = ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool")
+_PER_IMAGE: dict[Any, int] = {
+    getattr(where, f"{name}{dims}d"): dims
+    for where, names in ((nn, (*_POOLS, *_PADS)), (F, _FUNCTIONS))
+    for name in names
+    for dims in (1, 2, 3)
 }
-_DROPOUTS = {F.dropout, F.dropout2d}
+_DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d}
 _FLATTENS = {nn.Flatten, torch.flatten, "flatten"}
 _VIEWS = {torch.reshape, "reshape", "view"}
 _REDUCTIONS = {torch.mean, torch.sum, torch.amax, "mean", "sum", "amax"}
@@ -124,11 +131,17 @@ def follow(node: fx.Node, x: Channels, modules: dict[str, Any]) -> Followed | No
         return None if dim is None else _run(node, x, dim, modules)
     elif (
         kind in _PER_CHANNEL
-        or (kind in _PER_IMAGE and x.dim == len(before) - 3)
+        or (kind in _PER_IMAGE and x.dim == len(before) - 1 - _PER_IMAGE[kind])
+        or (kind in _RESIZES and x.dim == 1)
         or (kind in _DROPOUTS and node.kwargs.get("training") is False)
     ):
         return _run(node, x, x.dim, modules)
     return None if view is None else Followed(view, shares=True)
+
+
+def is_per_channel(module: nn.Module) -> bool:
+    """Whether a module makes every number of the number in its place alone."""
+    return type(module) in _PER_CHANNEL
 
 
 def arguments(node: fx.Node) -> tuple[Any, ...]:

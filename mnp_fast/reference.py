@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 
 def per_neuron(vector: Tensor, dim: int) -> Tensor:
-    """View a vector (K,) or (N, K) so that it broadcasts over (N, K, *) of `dim` dimensions."""
+    """View a vector (K,) or (N, K) so that it broadcasts over ``(N, K, *)`` of `dim` dimensions."""
     return vector.reshape(*vector.shape, *(1,) * (dim - 2))
 
 
@@ -30,7 +30,7 @@ def epilogue(
     residual: Tensor | None = None,
     activation: str = "none",
 ) -> Tensor:
-    """``act(mask * (scale * u + shift) + bias + residual)`` for u of shape (N, K, *)."""
+    """``act(mask * (scale * u + shift) + bias + residual)`` for u of shape ``(N, K, *)``."""
     y = u
     if scale is not None:
         y = y * per_neuron(scale, u.dim())
@@ -101,7 +101,7 @@ def masked_linear(
     residual: Tensor | None = None,
     activation: str = "none",
 ) -> Tensor:
-    """The epilogue of ``x @ weight.T``, for x of shape (N, *, C) and neurons on the last axis."""
+    """The epilogue of ``x @ weight.T``, for x of shape ``(N, *, C)``; neurons come last."""
     u = F.linear(x, weight).movedim(-1, 1)
     moved = None if residual is None else residual.movedim(-1, 1)
     return epilogue(u, mask, scale, shift, bias, moved, activation).movedim(1, -1)
@@ -116,12 +116,12 @@ def masked_affine(
     residual: Tensor | None = None,
     activation: str = "none",
 ) -> Tensor:
-    """The epilogue of x itself, of shape (N, K, *)."""
+    """The epilogue of x itself, of shape ``(N, K, *)``."""
     return epilogue(x, mask, scale, shift, bias, residual, activation)
 
 
 def neuron_magnitude(weights: Sequence[Tensor], norm: str = "l1") -> list[Tensor]:
-    """The norm of each neuron's weights: w of shape (K, *) gives (K,)."""
+    """The norm of each neuron's weights: w of shape ``(K, *)`` gives (K,)."""
     order = {"l1": 1, "l2": 2, "linf": float("inf")}[norm]
     return [torch.linalg.vector_norm(w.flatten(1), order, dim=1) for w in weights]
 

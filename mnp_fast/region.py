@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers import block_terms
-from .ops._common import vector_grads, wants_grad
+from .ops._common import second_derivative_error, vector_grads, wants_grad
 from .ops.conv import output_size
 
 P = TypeVar("P")
@@ -173,8 +173,16 @@ class _Region(torch.autograd.Function):
         return tuple(values[number] for number in outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            grads = _Region._gradients(ctx, *given)
+        if not torch.is_grad_enabled():
+            return grads
+        apply: Callable[..., tuple[Tensor | None, ...]] = _Once.apply
+        return apply(len(grads), *grads, *given, *ctx.saved_tensors)
+
+    @staticmethod
+    def _gradients(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
         steps, inputs, wanted, sizes = ctx.steps, ctx.inputs, ctx.wanted, ctx.sizes
         saved, count = ctx.saved_tensors, len(steps)
         values, rest = saved[: inputs + count], saved[inputs + count :]
@@ -223,6 +231,18 @@ class _Region(torch.autograd.Function):
                 vectors = vector_grads(sums, (mask, scale, shift, bias), tuple(need_vectors))
             results[:0] = [dw if need_weight else None, *vectors]
         return (None, None, None, *grads[:inputs], *results)
+
+
+class _Once(torch.autograd.Function):
+    """The first `count` of its tensors, which depend on the others in a way that is not known."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> None:
+        raise second_derivative_error("a fused model")
 
 
 def _sum(a: Tensor | None, b: Tensor) -> Tensor:

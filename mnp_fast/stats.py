@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data import CleanSet
+from .heads import attention_of, masked_by_rows
 from .layers import MaskedHeads, weight_rows
 from .ops import neuron_magnitude
 from .wrap import masked_layers, masks
@@ -78,9 +79,9 @@ def saliency(masked: nn.Module, data: CleanSet, batch_size: int) -> dict[str, Sa
     Returns
     -------
     dict of str to Saliency
-        In the masks' dtypes. `taylor_sample` and `fisher` are NaN for attention heads, and for
-        layers whose input does not have the samples, and nothing else, on its first axis. A layer
-        that the output does not depend on has 0.
+        In the masks' dtypes. `taylor_sample` and `fisher` are NaN for layers whose input does not
+        have the samples, and nothing else, on its first axis, or an attention's on its batch axis.
+        A layer that the output does not depend on has 0.
         Batch norms without running statistics let the samples of a batch interact: their g is the
         gradient of the batch's summed loss by the masks of sample n.
 
@@ -97,6 +98,7 @@ def saliency(masked: nn.Module, data: CleanSet, batch_size: int) -> dict[str, Sa
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     mixed = _layers_mixing_samples(masked, data.images[:2])
+    heads = _heads(masked) - mixed
     given = torch.cat(list(values.values()))
     totals = given.new_zeros(3, len(given))
     mine, share = data.processes.part(data.images, data.labels)
@@ -104,11 +106,15 @@ def saliency(masked: nn.Module, data: CleanSet, batch_size: int) -> dict[str, Sa
     with _frozen(masked), torch.enable_grad():
         for images, labels in batches:
             rows = {
-                f"{name}.mask": value.detach() if name in mixed else value.expand(len(labels), -1)
+                name: (value.detach() if name in mixed else value.expand(len(labels), -1))
                 for name, value in values.items()
             }
             leaves = [row.requires_grad_() for row in rows.values()]
-            logits = torch.func.functional_call(masked, rows, (images,), tie_weights=False)
+            with masked_by_rows(masked, {name: rows[name] for name in heads}) as replaced:
+                given_masks = {f"{name}.mask": row for name, row in rows.items()} | replaced
+                logits = torch.func.functional_call(
+                    masked, given_masks, (images,), tie_weights=False
+                )
             loss = F.cross_entropy(logits, labels, reduction="sum")
             grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
             changes = given * torch.cat([_per_sample(grad, len(labels)) for grad in grads], 1)
@@ -129,21 +135,29 @@ def _per_sample(grad: Tensor, samples: int) -> Tensor:
     return grad if grad.dim() == 2 else (grad / samples).expand(samples, -1)
 
 
+def _heads(masked: nn.Module) -> set[str]:
+    """Names of the masked layers whose neurons are heads."""
+    return {name for name, layer in masked_layers(masked).items() if isinstance(layer, MaskedHeads)}
+
+
 @torch.no_grad()
 def _layers_mixing_samples(masked: nn.Module, images: Tensor) -> set[str]:
-    """Names of the masked layers whose input has not the samples alone on its first axis."""
-    layers = masked_layers(masked)
-    mixed = {name for name, layer in layers.items() if isinstance(layer, MaskedHeads)}
+    """Names of the masked layers whose input has not the samples alone on its axis of samples."""
+    mixed = set()
 
     def look(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        (x,) = (*args, *kwargs.values())
-        axes = 2 + len(getattr(layer, "kernel_size", ()))
-        if x.dim() < axes or len(x) != len(images):
+        x = kwargs["query"] if "query" in kwargs else (*args, *kwargs.values())[0]
+        axis, axes = 0, 2 + len(getattr(layer, "kernel_size", ()))
+        if isinstance(layer, nn.MultiheadAttention):
+            axis, axes = (0 if layer.batch_first else 1), 3
+        if x.dim() < axes or x.shape[axis] != len(images):
             mixed.add(name)
 
+    readers: dict[str, nn.Module] = dict(masked_layers(masked))
+    readers |= {name: attention_of(masked, name) for name in _heads(masked)}
     hooks = [
-        layer.register_forward_pre_hook(partial(look, name), with_kwargs=True)
-        for name, layer in layers.items()
+        reader.register_forward_pre_hook(partial(look, name), with_kwargs=True)
+        for name, reader in readers.items()
     ]
     try:
         masked(images)

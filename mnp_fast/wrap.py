@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from .dataflow import LAYERS, NORM, Flow, data_flow
 from .fusion import FusedForward, fuse_blocks
-from .layers import MASKED, MaskedConv2d, MaskedLayer
+from .layers import MASKED, MaskedConv2d, MaskedLayer, masked_class
 from .maskable import Selector, check_copies, check_weights, quantized_modules, select
 from .ops.conv import ALGORITHMS, allows
 
@@ -42,7 +42,8 @@ def wrap(
     model
         Any module; it is not changed.
     site
-        What masks multiply (see `mnp_fast.layers`). `"norm"`: the scale of every batch norm.
+        What masks multiply (see `mnp_fast.layers`). `"norm"`: the scale of every batch norm, and of
+        timm's batch norms with an activation.
         `"neuron"`: the whole output of every neuron, after its batch norm if it has one, and in
         front of any other norm; heads of attention too.
         `"filter"`: the weights of every convolution and linear layer. `"auto"`: `"norm"` on every
@@ -108,7 +109,9 @@ def wrap(
     for name, (module, chosen_site) in targets.items():
         if name not in chosen:
             continue
-        layer = MASKED[type(module)].adopt(module, chosen_site)
+        kind = masked_class(type(module))
+        assert kind is not None
+        layer = kind.adopt(module, chosen_site)
         layer.weight_owner = flow.norm_inputs.get(name, "")
         if isinstance(layer, MaskedConv2d) and allows(layer, algorithm):
             layer.algorithm = algorithm
@@ -128,7 +131,8 @@ def _targets(model: nn.Module, flow: Flow, site: str) -> dict[str, tuple[nn.Modu
     followed = {layer for norm, layer in flow.norm_inputs.items() if type(layers[norm]) in MASKED}
     targets = {}
     for name, module in layers.items():
-        maskable = type(module) in MASKED or parametrize.is_parametrized(module)
+        kinds = masked_class if site == "norm" else MASKED.get
+        maskable = kinds(type(module)) is not None or parametrize.is_parametrized(module)
         if name not in flow.runs or name in flow.outputs or not maskable:
             continue
         is_norm, is_attention = isinstance(module, NORM), isinstance(module, nn.MultiheadAttention)

@@ -96,6 +96,23 @@ class Shared(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class NormAct(nn.BatchNorm2d):
+    """A batch norm with an activation behind it."""
+
+    def __init__(self, channels: int, act: nn.Module) -> None:
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+class TimmNormAct(NormAct):
+    """One with the name of timm's, which is what it is known by."""
+
+    __module__, __qualname__ = "timm.layers.norm_act", "BatchNormAct2d"
+
+
 def resnet() -> nn.Module:
     return ResNet18(8)
 

@@ -8,7 +8,7 @@ from typer import Typer
 from typer.testing import CliRunner
 
 import mnp_fast
-from benchmarks import chart, layers, machine, run, scaling, zoo
+from benchmarks import chart, communication, layers, machine, run, scaling, zoo
 from benchmarks.timing import OURS, Case, measure
 from mnp_fast.demo.resnet import ResNet18
 
@@ -154,15 +154,26 @@ def test_chart_without_figures(tmp_path):
     assert "make bench" in result.output
 
 
-def test_the_table_of_the_docs_is_what_the_model_of_cost_gives(capsys):
-    scaling.main(samples=500, exchange=1.0)
-    docs = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
-    assert capsys.readouterr().out in docs
+DISTRIBUTED = Path(__file__).parents[1] / "docs" / "distributed.md"
+
+
+@pytest.mark.parametrize("options", [{"samples": 500, "fill": 1}, {"samples": 5000, "fill": 32}])
+def test_the_tables_of_the_docs_are_what_the_model_of_cost_gives(options, capsys):
+    scaling.main(exchange=1.0, **options)
+    assert capsys.readouterr().out in DISTRIBUTED.read_text()
+
+
+def test_the_docs_have_what_is_exchanged(monkeypatch):
+    monkeypatch.setattr(communication.Processes, "_exchange", lambda *args, **kwargs: None)
+    processes = communication.Counted(None)
+    processes.size = 2
+    assert communication.table(communication.count(processes)) in DISTRIBUTED.read_text()
 
 
 def test_a_phase_scales_up_to_its_batch():
     assert scaling.step_time("fit", 500, 25, 0) == scaling.step_time("fit", 500, 100, 0) == 4
     assert scaling.step_time("expose", 10, 4, 0.5) == 2 * 3 + 0.5
+    assert scaling.step_time("fit", 500, 8, 0, fill=10) == 4 * 10
 
 
 class Zoo:

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 import mnp_fast
 from mnp_fast.demo.resnet import ResNet18
 
-from .models import MODELS, Dynamic, randomize
-from .networks import RandomNetwork, silence
+from .models import MODELS, Dynamic, NormAct, TimmNormAct, randomize
+from .test_coverage import transformer
 
 SITES = ("auto", "neuron", "norm", "filter")
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
@@ -89,15 +89,6 @@ def test_outputs_are_equal(name, site, dtype):
     assert not small.training
     assert masked.training
     assert size(small) < size(model)
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_random_networks(seed):
-    model = randomize(RandomNetwork(seed)).double().eval()
-    masked = mnp_fast.wrap(model, SITES[seed % 2])
-    silence(mnp_fast.masks(masked), seed)
-    small = compacted(masked, torch.randn(3, 3, 7, 8, dtype=torch.float64), varies=False)
-    assert size(small) <= size(model)
 
 
 @pytest.mark.parametrize("site", ["neuron", "norm"])
@@ -273,7 +264,8 @@ def test_zeros_need_no_carrier():
         (lambda x: x[:, :, None].flatten(2).unflatten(2, x.shape[2:]), 6),  # not known
         (nn.GroupNorm(2, 6), 6),
         (lambda x: torch.softmax(x, 1), 6),
-        (lambda x: torch.cat([x[:, 3:], x[:, :3]], 1), 6),
+        (lambda x: torch.cat([x.chunk(2, 1)[1], x.chunk(2, 1)[0]], 1), 4),  # 0 and 3 alone can go
+        (lambda x: torch.cat([x[:, 2:], x[:, :2]], 1), 5),  # 0 and 1, and one of the rest, stay
     ],
 )
 def test_functions_of_constants(function, inputs):
@@ -317,6 +309,122 @@ def test_gates():
     assert widths(small) == {
         "conv": (3, 4), "down": (4, 3), "up": (3, 4), "gate": (4, 1), "conv2": (4, 4), "fc": (4, 3),
     }  # fmt: skip
+
+
+def test_hidden_units_of_transformers():
+    """They go; the stream, which norms read as a whole, stays as wide as it is."""
+    model = transformer(nn.MultiheadAttention(12, 4, batch_first=True)).double()
+    dead = {"0.1.fc1": range(0, 20, 2), "0.1.attention.out_proj": [1], "0.2.fc1": range(5)}
+    masked = masked_with(model, "neuron", dead | {"0.2.fc2": range(3)})
+    found = widths(compacted(masked, torch.randn(2, 7, 5, dtype=torch.float64)))
+    assert {name: found[f"0.{name}"] for name in ("1.fc1", "1.fc2", "2.fc1", "2.fc2")} == {
+        "1.fc1": (12, 10), "1.fc2": (10, 12), "2.fc1": (12, 15), "2.fc2": (15, 12),
+    }  # fmt: skip
+
+
+LAYERS = {
+    1: (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d),
+    2: (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d),
+    3: (nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d, nn.AvgPool3d, nn.AdaptiveAvgPool3d),
+}
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dims", LAYERS)
+def test_transposed_convolutions_of_all_dimensions(dims, groups):
+    """A constant that one of them reads becomes none, so that one stays and carries the others."""
+    conv, transposed, norm, pool, average = LAYERS[dims]
+    model = sequence(
+        conv(3, 8, 3, padding=1), norm(8), nn.SiLU(),
+        transposed(8, 6, 2, stride=2, groups=groups), norm(6), nn.ReLU(), pool(2),
+        transposed(6, 4, 3, padding=1), nn.Tanh(), average(1), nn.Flatten(), nn.Linear(4, 3),
+    )  # fmt: skip
+    dead = {"1": [0, 1, 4, 5], "4": [0, 3], "7": [2]}
+    x = torch.randn(2, 3, *(5, 4, 6)[:dims], dtype=torch.float64)
+    # Zeros go; of a layer of two groups, one channel of each.
+    small = compacted(masked_with(model, "neuron", dead), x)
+    assert (small[0].out_channels, small[3].in_channels) == (4, 4)
+    assert (small[3].out_channels, small[7].in_channels, small[7].out_channels) == (4, 4, 3)
+    assert (small[3].groups, small[11].in_features) == (groups, 3)
+    for place, bias in (("1", [1.0, -2, 0.5, 3]), ("4", [1.0, -2])):
+        model.get_submodule(place).bias.data[dead[place]] = torch.tensor(bias).double()
+    del dead["7"]
+    small = compacted(masked_with(model, "norm", dead), x)
+    assert (small[0].out_channels, small[3].in_channels) == (4 + groups, 4 + groups)
+    assert (small[3].groups, small[7].in_channels) == (groups, 6 if groups == 2 else 5)
+
+
+def test_layers_with_one_weight_are_cut_each_for_itself():
+    model = sequence(
+        nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6),
+        nn.Tanh(), nn.Conv2d(6, 6, 3, padding=1), nn.Tanh(), *head(6),
+    )  # fmt: skip
+    model[5].weight = model[2].weight
+    dead = {"1": range(4), "3": range(3)}
+    small = compacted(masked_with(model, "norm", dead))
+    assert (small[2].in_channels, small[5].in_channels) == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("norm", "act", "left"),
+    [
+        (TimmNormAct, nn.ReLU(inplace=True), 3),
+        (TimmNormAct, nn.SiLU(), 3),
+        (TimmNormAct, nn.PReLU(), 6),
+        (NormAct, nn.ReLU(), 6),
+    ],
+)
+def test_norms_with_an_activation(norm, act, left):
+    model = sequence(
+        nn.Conv2d(3, 6, 1), norm(6, act), nn.Conv2d(6, 5, 3, padding=1), nn.Tanh(), *head(5)
+    )
+    model[1].bias.data[:4] = torch.tensor([1.0, -2, 3, 4])
+    model[1].running_mean[:4] = 0
+    small = compacted(masked_with(model, "neuron", {"0": range(4)}))
+    # Two vary, and one of the constants that are left carries the others past the border.
+    assert (small[0].out_channels, small[1].num_features, small[2].in_channels) == (left,) * 3
+
+
+class Parts(nn.Module):
+    """Channels in two halves that gate each other, read by their places, or by their ends."""
+
+    def __init__(self, cut):
+        super().__init__()
+        self.conv, self.mix, self.fc = nn.Conv2d(3, 8, 1), nn.Conv2d(4, 4, 1), nn.Linear(4, 3)
+        self.cut = cut
+
+    def forward(self, x):
+        x = self.conv(x)
+        a, b = self.cut(x)
+        return self.fc(self.mix(a + torch.tanh(b)).mean((2, 3)))
+
+
+def changed_between(x):
+    parts = x.chunk(2, 1)
+    x.add_(1)
+    return parts
+
+
+@pytest.mark.parametrize(
+    ("cut", "left"),
+    [
+        (lambda x: x.chunk(2, 1), 4),
+        (lambda x: torch.chunk(x, chunks=2, dim=-3), 4),
+        (lambda x: (x.chunk(2, 1)[-1], x.chunk(2, 1)[0]), 4),
+        (lambda x: (x.chunk(2, 2)[0][:, :4], x.chunk(2, 2)[1][:, 4:]), 8),
+        (lambda x: (x[:, :4], x[:, 4:]), 8),
+        (lambda x: (x[:, 1:5], x[:, -4:]), 8),
+        (lambda x: x.split(4, 1), 8),
+        (changed_between, 8),
+        (lambda x: (torch.stack(x.chunk(2, 1)).sum(0), x[:, 4:]), 8),
+    ],
+)
+def test_halves(cut, left):
+    """Channels 0 and 1 of both halves are dead."""
+    model = Parts(cut).double()
+    masked = masked_with(model, "neuron", {"conv": [0, 1, 4, 5]}, fuse=False).requires_grad_(False)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    assert widths(compacted(masked, x))["conv"] == (3, left)
 
 
 class InPlace(nn.Module):

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import sys
+import types
 from functools import partial
 
 import pytest
@@ -25,9 +27,10 @@ from mnp_fast.layers import (
     MaskedSyncBatchNorm,
     weight_rows,
 )
-from mnp_fast.stats import magnitudes, saliency
+from mnp_fast.stats import magnitudes
 from mnp_fast.wrap import masked_layers
 
+from .models import TimmNormAct
 from .ops.cases import relative_error
 
 TOLERANCE = 1e-10
@@ -416,17 +419,6 @@ def test_torch_s_encoder_layers_do_not_go_past_the_masks(activation):
     ]
 
 
-def test_saliency_of_heads_is_summed_over_samples():
-    model = nn.Sequential(transformer(nn.MultiheadAttention(12, 4, batch_first=True)), Mean())
-    masked = mnp_fast.wrap(model).eval()
-    data = mnp_fast.data.CleanSet(non_contiguous(5, 7, 5), torch.tensor([0, 1, 2, 0, 1]))
-    found = saliency(masked, data, 3)["0.0.1.attention.out_proj"]
-    mask = mnp_fast.masks(masked)["0.0.1.attention.out_proj"]
-    loss = F.cross_entropy(masked(data.images), data.labels)
-    torch.testing.assert_close(found.taylor, torch.autograd.grad(loss, mask)[0].abs())
-    assert found.fisher.isnan().all()
-
-
 @pytest.mark.parametrize("kind", ["volume", "heads"])
 def test_compiles_without_graph_breaks(kind):
     if kind == "volume":
@@ -614,6 +606,29 @@ def test_subclasses_stay_as_they_are():
     assert list(mnp_fast.masks(masked)) == ["0"]  # in front of the norm, which has none
     with pytest.raises(ValueError, match="its layers are: 1 Shifted, 1 Doubled, 1 Linear"):
         mnp_fast.wrap(model[1:])
+
+
+def test_timm_s_norms_with_an_activation_have_masks_at_site_norm(monkeypatch):
+    package = types.ModuleType("timm.layers.norm_act")
+    package.BatchNormAct2d = TimmNormAct
+    monkeypatch.setitem(sys.modules, "timm", types.ModuleType("timm"))
+    monkeypatch.setitem(sys.modules, "timm.layers", types.ModuleType("timm.layers"))
+    monkeypatch.setitem(sys.modules, "timm.layers.norm_act", package)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), TimmNormAct(6, nn.SiLU()), nn.Conv2d(6, 4, 3),
+        TimmNormAct(4, nn.ReLU(inplace=True)), nn.Flatten(), nn.Linear(4 * 3 * 2, 3),
+    )  # fmt: skip
+    x = non_contiguous(2, 3, 7, 6)
+    masked = check_model(randomize(model).eval(), x, site="norm")
+    assert list(mnp_fast.masks(masked)) == ["1", "3"]
+    assert list(mnp_fast.masks(mnp_fast.wrap(model))) == ["0", "2"]
+    copied = pickle.loads(pickle.dumps(masked))
+    assert type(copied[1]) is type(masked[1])
+    assert torch.equal(copied(x), masked(x))
+    masked.train()
+    plain = mnp_fast.unwrap(masked)
+    assert type(plain[1]) is TimmNormAct
+    assert relative_error(plain(x), masked(x)) <= 1e-6
 
 
 def test_layers_that_run_in_train_mode_alone_get_no_mask():

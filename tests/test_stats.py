@@ -30,7 +30,28 @@ class Tokens(nn.Module):
         return self.fc(torch.tanh(self.head(input=x.movedim(self.samples, 0).mean(1))))
 
 
-CASES = {name: model for name, model in MODELS.items() if name != "bare norms"} | {"tokens": Tokens}
+class Attention(nn.Module):
+    """Attention over positions, once with and once without a bias and its own order of axes."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(3 * 16, 12)
+        self.first = nn.MultiheadAttention(12, 4, bias=False)
+        self.second = nn.MultiheadAttention(12, 3, batch_first=True)
+        self.fc = nn.Linear(12, 4)
+
+    def forward(self, x):
+        x = torch.tanh(self.embed(x.reshape(x.shape[0], 16, 3 * 16)))
+        y = x.movedim(0, 1)
+        x = x + self.first(y, y, y, need_weights=False)[0].movedim(0, 1)
+        y, weights = self.second(key=x.flip(1), value=x, query=x[:, :5])
+        return self.fc(y.mean(1) + weights.sum((1, 2))[:, None])
+
+
+CASES = {name: model for name, model in MODELS.items() if name != "bare norms"} | {
+    "tokens": Tokens,
+    "attention": Attention,
+}
 SITES = ("auto", "neuron", "filter")
 
 
@@ -79,7 +100,7 @@ def assert_same(actual, expected, tolerance=1e-10):
 @pytest.mark.parametrize("name", CASES)
 def test_equal_to_a_loop_over_samples(name, site, fuse):
     masked = wrapped(CASES[name](), site=site, fuse=fuse)
-    assert bool(fused_blocks(masked)) == (fuse and name != "tokens")
+    assert bool(fused_blocks(masked)) == (fuse and name not in ("tokens", "attention"))
     data = images()
     found = saliency(masked, data, batch_size=4)
     assert_same(found, naive(masked, data))
@@ -105,7 +126,7 @@ def test_taylor_is_the_slope_towards_mask_0():
         assert found[neuron].item() == pytest.approx(slope, rel=1e-4, abs=1e-8)
 
 
-@pytest.mark.parametrize("name", ["resnet", "no norm", "tokens"])
+@pytest.mark.parametrize("name", ["resnet", "no norm", "tokens", "attention"])
 def test_batch_size_and_order_do_not_matter(name):
     masked, data = wrapped(CASES[name]()), images()
     expected = saliency(masked, data, 100)

@@ -21,11 +21,20 @@ def default_kernel(name: str) -> Callable[[Callable[..., Any]], Callable[..., An
     return register
 
 
+def second_derivative_error(name: str) -> NotImplementedError:
+    """What to raise where `name` is differentiated twice outside of a transform."""
+    return NotImplementedError(
+        f"{name} cannot be differentiated a second time: its gradient is computed by a kernel. "
+        "Inside transforms such as torch.func.grad or torch.func.hessian masked layers run torch's "
+        "operators, which can be; so can those of mnp_fast.reference"
+    )
+
+
 def no_double_backward(name: str) -> None:
     """Make differentiating the backward operator `name` an error instead of a wrong result."""
 
     def backward(ctx: Any, *grads: Tensor) -> None:
-        raise NotImplementedError(f"mnp_fast::{name} cannot be differentiated a second time")
+        raise second_derivative_error(f"mnp_fast::{name}")
 
     torch.library.register_autograd(f"mnp_fast::{name}", backward)
 

@@ -35,7 +35,7 @@ def masked_affine(
     Parameters
     ----------
     x
-        Input (N, K, *); float32, float64, or bfloat16 and float16 (computed in float32).
+        Input ``(N, K, *)``; float32, float64, or bfloat16 and float16 (computed in float32).
     mask
         Neuron masks (K,), or one row a sample (N, K), whose gradient is then per sample too.
         None means 1.

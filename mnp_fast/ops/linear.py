@@ -28,7 +28,7 @@ def masked_linear(
     Parameters
     ----------
     x
-        Input (N, *, C) or (C,); dtypes, autocast and transforms as in `masked_conv2d`.
+        Input ``(N, *, C)`` or (C,); dtypes, autocast and transforms as in `masked_conv2d`.
     weight
         (K, C), in x's dtype.
     mask, scale, shift, bias
@@ -41,7 +41,7 @@ def masked_linear(
     Returns
     -------
     Tensor
-        (N, *, K) or (K,).
+        ``(N, *, K)`` or (K,).
 
     Raises
     ------

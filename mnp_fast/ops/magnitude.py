@@ -17,7 +17,7 @@ def neuron_magnitude(weights: Sequence[Tensor], norm: str = "l1") -> list[Tensor
     Parameters
     ----------
     weights
-        Tensors (K, *) with one row a neuron; float32, float64, bfloat16 or float16.
+        Tensors ``(K, *)`` with one row a neuron; float32, float64, bfloat16 or float16.
     norm
         `"l1"` (the paper's magnitude), `"l2"` or `"linf"`.
 
