@@ -109,11 +109,11 @@ def _forward(
     u = _empty(x, sizes, torch.float32, True) if keep_u else _none(x)
     if y.numel() == 0:
         return y, u
-    weight = weight.contiguous(memory_format=torch.channels_last)
+    packed = _terms_last(weight)
     residual = None if residual is None else _flat(residual)
     wrap_triton(kernels.CONV_FORWARD[x.element_size()])[_tiles(y.numel() // sizes[1], sizes[1])](
         x,
-        weight,
+        packed,
         y,
         u if keep_u else None,
         *(None if v is None else v.contiguous() for v in (mask, scale, shift, bias)),
@@ -121,18 +121,17 @@ def _forward(
         *x.shape,
         *sizes[1:],
         *x.stride(),
-        *weight.stride(),
         *_flat_strides(y),
         *_flat_strides(y if residual is None else residual),
-        _mask_stride(mask),
         *stride,
         *padding,
         *dilation,
         KERNEL_HEIGHT=weight.shape[2],
         KERNEL_WIDTH=weight.shape[3],
+        PER_SAMPLE=mask is not None and mask.dim() == 2,
         RELU=activation == "relu",
         PRECISION="tf32" if allow_tf32 else "ieee",
-        WIDE=_wide(x, weight, y, u, residual),
+        WIDE=_wide(x, packed, y, u, residual),
     )
     return y, u
 
@@ -232,17 +231,16 @@ def _grad_input(
     allow_tf32: bool,
 ) -> None:
     batch, channels, height, width = dx.shape
-    weight = weight.contiguous(memory_format=torch.channels_last)
+    packed = _terms_last(weight.transpose(0, 1))
     class_pixels = batch * -(-height // stride[0]) * -(-width // stride[1])
     grid = _tiles(class_pixels, channels, stride[0] * stride[1])
     wrap_triton(kernels.CONV_GRAD_INPUT[g.element_size()])[grid](
         g,
-        weight,
+        packed,
         dx,
         *dx.shape,
         *g.shape[1:],
         *g.stride(),
-        *weight.stride(),
         *dx.stride(),
         *stride,
         *padding,
@@ -251,7 +249,7 @@ def _grad_input(
         KERNEL_HEIGHT=weight.shape[2],
         KERNEL_WIDTH=weight.shape[3],
         PRECISION="tf32" if allow_tf32 else "ieee",
-        WIDE=_wide(g, weight, dx),
+        WIDE=_wide(g, packed, dx),
     )
 
 
@@ -270,6 +268,11 @@ def _empty(like: Tensor, sizes: Sequence[int], dtype: torch.dtype, channels_last
 def _none(like: Tensor) -> Tensor:
     """What stands for an output that is not asked for."""
     return like.new_empty(0, dtype=compute_dtype(like.dtype))
+
+
+def _terms_last(weight: Tensor) -> Tensor:
+    """(columns, terms, kh, kw) as dense (columns, kh, kw, terms): what is summed over adjoins."""
+    return weight.permute(0, 2, 3, 1).contiguous()
 
 
 def _flat(image: Tensor) -> Tensor:

@@ -25,8 +25,7 @@ def _product(
     source_term,
     weight,  # pointer, moved to the first tap and to each tile column's weights: (COLUMNS,)
     valid_column,
-    weight_term,  # strides of the weight, the last two from one tap to the next
-    weight_row,
+    weight_row,  # strides of the weight from one tap to the next; those of terms are 1
     weight_column,
     taps_high,
     taps_wide,
@@ -58,12 +57,57 @@ def _product(
         )
         taps = weight + (tap_row * weight_row + tap_column * weight_column)
         b = tl.load(
-            taps[None, :] + (term.to(INDEX) * weight_term)[:, None],
+            taps[None, :] + term[:, None],
             mask=valid_term[:, None] & valid_column[None, :],
             other=0.0,
         )
         sums = tl.dot(a, b, sums, input_precision=PRECISION)
     return sums
+
+
+@triton.jit
+def _epilogue(
+    sums,
+    y,  # pointers, moved to each tile row's pixel: (ROWS,)
+    u,
+    mask,
+    scale,
+    shift,
+    bias,
+    residual,
+    sample,
+    neuron,
+    valid,
+    neurons,
+    y_neuron,  # strides
+    residual_neuron,
+    PER_SAMPLE: tl.constexpr,
+    RELU: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """What becomes of a tile of sums."""
+    valid_neuron = neuron < neurons
+    valid_tile = valid[:, None] & valid_neuron[None, :]
+    wide_neuron = neuron.to(INDEX)[None, :]
+    if u is not None:
+        tl.store(u[:, None] + wide_neuron, sums, mask=valid_tile)
+    if scale is not None:
+        sums *= tl.load(scale + neuron, mask=valid_neuron, other=0.0).to(tl.float32)[None, :]
+    if shift is not None:
+        sums += tl.load(shift + neuron, mask=valid_neuron, other=0.0).to(tl.float32)[None, :]
+    if PER_SAMPLE:
+        masks = mask + (sample * neurons)[:, None] + wide_neuron
+        sums *= tl.load(masks, mask=valid_tile, other=0.0).to(tl.float32)
+    elif mask is not None:
+        sums *= tl.load(mask + neuron, mask=valid_neuron, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        sums += tl.load(bias + neuron, mask=valid_neuron, other=0.0).to(tl.float32)[None, :]
+    if residual is not None:
+        tile = residual[:, None] + wide_neuron * residual_neuron
+        sums += tl.load(tile, mask=valid_tile, other=0.0).to(tl.float32)
+    if RELU:
+        sums = tl.where(sums <= 0, 0.0, sums)  # a NaN stays one
+    tl.store(y[:, None] + wide_neuron * y_neuron, sums.to(y.dtype.element_ty), mask=valid_tile)
 
 
 @triton.jit
@@ -88,17 +132,12 @@ def conv_forward(
     x_channel,
     x_row,
     x_column,
-    weight_neuron,
-    weight_channel,
-    weight_row,
-    weight_column,
     y_sample,
     y_neuron,
     y_pixel,
     residual_sample,
     residual_neuron,
     residual_pixel,
-    mask_sample,
     stride_row,
     stride_column,
     padding_row,
@@ -107,6 +146,7 @@ def conv_forward(
     dilation_column,
     KERNEL_HEIGHT: tl.constexpr,
     KERNEL_WIDTH: tl.constexpr,
+    PER_SAMPLE: tl.constexpr,
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
@@ -119,13 +159,12 @@ def conv_forward(
     column_blocks = tl.cdiv(neurons, COLUMNS)
     # Neighbouring programs share their pixels, which are more than the weights.
     pixel = (tl.program_id(0) // column_blocks).to(INDEX) * ROWS + tl.arange(0, ROWS)
-    neuron = (tl.program_id(0) % column_blocks) * COLUMNS + tl.arange(0, COLUMNS)
+    neuron_block = tl.program_id(0) % column_blocks
+    neuron = neuron_block * COLUMNS + tl.arange(0, COLUMNS)
     out_pixels = out_height * out_width
     sample = pixel // out_pixels
     place = (pixel % out_pixels).to(tl.int32)
     valid = sample < batch
-    valid_neuron = neuron < neurons
-    wide_neuron = neuron.to(INDEX)
 
     sums = _product(
         x + sample * x_sample,
@@ -138,11 +177,10 @@ def conv_forward(
         x_row,
         x_column,
         x_channel,
-        weight + wide_neuron * weight_neuron,
-        valid_neuron,
-        weight_channel,
-        weight_row,
-        weight_column,
+        weight + neuron.to(INDEX) * (KERNEL_HEIGHT * KERNEL_WIDTH * channels),
+        neuron < neurons,
+        KERNEL_WIDTH * channels,
+        channels,
         KERNEL_HEIGHT,
         KERNEL_WIDTH,
         dilation_row,
@@ -154,27 +192,30 @@ def conv_forward(
         TERMS,
     )
 
-    valid_tile = valid[:, None] & valid_neuron[None, :]
-    if u is not None:
-        tl.store(u + pixel[:, None] * neurons + wide_neuron[None, :], sums, mask=valid_tile)
-    if scale is not None:
-        sums *= tl.load(scale + neuron, mask=valid_neuron, other=0.0).to(tl.float32)[None, :]
-    if shift is not None:
-        sums += tl.load(shift + neuron, mask=valid_neuron, other=0.0).to(tl.float32)[None, :]
-    if mask is not None:
-        masks = mask + (sample * mask_sample)[:, None] + neuron[None, :]
-        sums *= tl.load(masks, mask=valid_tile, other=0.0).to(tl.float32)
-    if bias is not None:
-        sums += tl.load(bias + neuron, mask=valid_neuron, other=0.0).to(tl.float32)[None, :]
-    if residual is not None:
-        pixels = residual + sample * residual_sample + place.to(INDEX) * residual_pixel
-        tile = pixels[:, None] + (wide_neuron * residual_neuron)[None, :]
-        sums += tl.load(tile, mask=valid_tile, other=0.0).to(tl.float32)
-    if RELU:
-        sums = tl.where(sums <= 0, 0.0, sums)  # a NaN stays one
-    pixels = y + sample * y_sample + place.to(INDEX) * y_pixel
-    tile = pixels[:, None] + (wide_neuron * y_neuron)[None, :]
-    tl.store(tile, sums.to(y.dtype.element_ty), mask=valid_tile)
+    # In two halves, because the registers do not hold all that the whole tile would need.
+    halves = tl.permute(tl.reshape(sums, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)).split()
+    for half in tl.static_range(2):
+        _epilogue(
+            halves[half],
+            y + sample * y_sample + place.to(INDEX) * y_pixel,
+            None if u is None else u + pixel * neurons,
+            mask,
+            scale,
+            shift,
+            bias,
+            None
+            if residual is None
+            else residual + sample * residual_sample + place.to(INDEX) * residual_pixel,
+            sample,
+            neuron_block * COLUMNS + half * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2),
+            valid,
+            neurons,
+            y_neuron,
+            residual_neuron,
+            PER_SAMPLE,
+            RELU,
+            INDEX,
+        )
 
 
 @triton.jit
@@ -203,10 +244,6 @@ def conv_grad_input(
     g_neuron,
     g_row,
     g_column,
-    weight_neuron,
-    weight_channel,
-    weight_row,
-    weight_column,
     dx_sample,
     dx_channel,
     dx_row,
@@ -271,12 +308,11 @@ def conv_grad_input(
         g_column,
         g_neuron,
         weight
-        + (tap_row * weight_row + tap_column * weight_column)
-        + wide_channel * weight_channel,
+        + wide_channel * (KERNEL_HEIGHT * KERNEL_WIDTH * neurons)
+        + (tap_row * KERNEL_WIDTH + tap_column) * neurons,
         valid_channel,
-        weight_neuron,
-        weight_row * tap_step_row,
-        weight_column * tap_step_column,
+        tap_step_row * KERNEL_WIDTH * neurons,
+        tap_step_column * neurons,
         tl.cdiv(KERNEL_HEIGHT - tap_row, tap_step_row),
         tl.cdiv(KERNEL_WIDTH - tap_column, tap_step_column),
         -(tap_step_row * dilation_row // stride_row),
