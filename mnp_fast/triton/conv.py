@@ -111,7 +111,8 @@ def _forward(
         return y, u
     packed = _terms_last(weight)
     residual = None if residual is None else _flat(residual)
-    wrap_triton(kernels.CONV_FORWARD[x.element_size()])[_tiles(y.numel() // sizes[1], sizes[1])](
+    kernel = kernels.CONV_FORWARD[_vectors(x, y, residual), x.element_size()]
+    wrap_triton(kernel)[_tiles(y.numel() // sizes[1], sizes[1])](
         x,
         packed,
         y,
@@ -120,7 +121,7 @@ def _forward(
         residual,
         *x.shape,
         *sizes[1:],
-        *x.stride(),
+        *_strides(x),
         *_flat_strides(y),
         *_flat_strides(y if residual is None else residual),
         *stride,
@@ -234,14 +235,14 @@ def _grad_input(
     packed = _terms_last(weight.transpose(0, 1))
     class_pixels = batch * -(-height // stride[0]) * -(-width // stride[1])
     grid = _tiles(class_pixels, channels, stride[0] * stride[1])
-    wrap_triton(kernels.CONV_GRAD_INPUT[g.element_size()])[grid](
+    wrap_triton(kernels.CONV_GRAD_INPUT[_vectors(g, dx), g.element_size()])[grid](
         g,
         packed,
         dx,
         *dx.shape,
         *g.shape[1:],
-        *g.stride(),
-        *dx.stride(),
+        *_strides(g),
+        *_strides(dx),
         *stride,
         *padding,
         *dilation,
@@ -282,11 +283,31 @@ def _flat(image: Tensor) -> Tensor:
     return image if flat else image.contiguous()
 
 
-def _flat_strides(image: Tensor | None) -> tuple[int, int, int]:
+def _flat_strides(image: Tensor | None) -> tuple[int, ...]:
     """Strides of samples, neurons and pixels of what `_flat` returned."""
     if image is None:
         return (0, 0, 0)
-    return (*image.stride()[:2], image.stride(3 if image.shape[3] > 1 else 2))
+    sample, neuron, row, column = _strides(image)
+    return sample, neuron, column or row
+
+
+def _strides(t: Tensor) -> tuple[int, ...]:
+    """The strides, 0 where there is one element: torch may have any number there."""
+    return tuple(0 if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True))
+
+
+def _vectors(*images: Tensor | None) -> bool:
+    """Whether 16 bytes of neighbouring channels are at aligned addresses everywhere.
+
+    Triton sees that in multiples of 16.
+    """
+
+    def aligned(image: Tensor) -> bool:
+        sample, channel, *pixels = _strides(image)
+        steps = (image.shape[1], sample, *pixels, image.storage_offset())
+        return channel == 1 and all(step % 16 == 0 for step in steps)
+
+    return all(aligned(image) for image in images if image is not None)
 
 
 def _mask_stride(mask: Tensor | None) -> int:

@@ -418,13 +418,13 @@ def epilogue_backward(
         tl.store(at + 2 * plane, tl.sum(sum_dz_u, 0), mask=valid_neuron)
 
 
-def _tuned(kernel, element_size):
-    """The kernel, tuned over tile shapes for elements of so many bytes; docs/triton.md has why."""
-    terms = 128 // element_size  # a tile row is one 128-byte line
-    configs = [
-        triton.Config({"ROWS": rows, "COLUMNS": columns, "TERMS": terms}, warps, stages)
-        for rows, columns, warps, stages in [(128, 128, 8, 3), (128, 64, 4, 3), (64, 64, 4, 4)]
-    ]
+# Rows, columns, warps and stages of tiles; docs/triton.md says why these.
+VECTORS = [(128, 128, 8, 3), (128, 64, 4, 3), (64, 64, 4, 4)]  # where 16 bytes are read at once
+ELEMENTS = [(64, 64, 8, 2)]  # where they are not: each element has an address in registers
+
+
+def _tuned(kernel):
+    """The kernel, tuned, for {(whether 16 bytes are read at once, bytes of an element)}."""
     key = [
         "batch",
         "channels",
@@ -437,8 +437,18 @@ def _tuned(kernel, element_size):
         "PRECISION",
         "WIDE",
     ]
-    return triton.autotune(configs, key=key, cache_results=True)(kernel)
+
+    def tuned(tiles, terms):
+        configs = [
+            triton.Config({"ROWS": rows, "COLUMNS": columns, "TERMS": terms}, warps, stages)
+            for rows, columns, warps, stages in tiles
+        ]
+        return triton.autotune(configs, key=key, cache_results=True)(kernel)
+
+    # 128 bytes of terms are a line of the cache.
+    vectors = {(True, size): tuned(VECTORS, 128 // size) for size in (2, 4)}
+    return vectors | {(False, size): tuned(ELEMENTS, 16) for size in (2, 4)}
 
 
-CONV_FORWARD = {size: _tuned(conv_forward, size) for size in (2, 4)}
-CONV_GRAD_INPUT = {size: _tuned(conv_grad_input, size) for size in (2, 4)}
+CONV_FORWARD = _tuned(conv_forward)
+CONV_GRAD_INPUT = _tuned(conv_grad_input)
