@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -112,7 +112,9 @@ def _forward(
     packed = _terms_last(weight)
     residual = None if residual is None else _flat(residual)
     kernel = kernels.CONV_FORWARD[_vectors(x, y, residual), x.element_size()]
-    wrap_triton(kernel)[_tiles(y.numel() // sizes[1], sizes[1])](
+    _launch(
+        kernel,
+        _tiles(y.numel() // sizes[1], sizes[1]),
         x,
         packed,
         y,
@@ -164,12 +166,15 @@ def _backward(
     if u is not None:
         _check_like("u", u, sizes, torch.float32, x.device)
     last = is_channels_last(x)
-    g = _empty(x, sizes, x.dtype, last) if need_x or need_weight else None
+    identity = y is None and mask is None and scale is None  # then g is grad
+    need_g = need_x or need_weight
+    g = _empty(x, sizes, x.dtype, last) if need_g and not identity else None
     dz = _empty(x, sizes, x.dtype, last) if need_residual else None
     chunks = -(-sizes[2] * sizes[3] // _CHUNK)
     sums = _empty(x, (chunks, 3, *sizes[:2]), torch.float32, False) if need_sums else None
     if grad.numel():
         _epilogue_backward(grad, y, u, mask, scale, shift, g, dz, sums)
+    g = grad if identity else g
     dx = _empty(x, x.shape, x.dtype, last) if need_x else _none(x)
     if g is not None and dx.numel():
         _grad_input(g, weight, dx, stride, padding, dilation, allow_tf32)
@@ -201,10 +206,12 @@ def _epilogue_backward(
     written = g if g is not None else dz
     if written is None and sums is None:
         return
-    images = [None if t is None else _flat(t) for t in (grad, y, u)]
+    images = (_flat(grad), *(None if t is None else _flat(t) for t in (y, u)))
     batch, neurons, height, width = grad.shape
     grid = (batch * -(-height * width // _CHUNK), -(-neurons // _COLUMNS))
-    wrap_triton(kernels.epilogue_backward)[grid](
+    _launch(
+        kernels.epilogue_backward,
+        grid,
         *images,
         *(None if v is None else v.contiguous() for v in (mask, scale, shift)),
         g,
@@ -235,7 +242,9 @@ def _grad_input(
     packed = _terms_last(weight.transpose(0, 1))
     class_pixels = batch * -(-height // stride[0]) * -(-width // stride[1])
     grid = _tiles(class_pixels, channels, stride[0] * stride[1])
-    wrap_triton(kernels.CONV_GRAD_INPUT[_vectors(g, dx), g.element_size()])[grid](
+    _launch(
+        kernels.CONV_GRAD_INPUT[_vectors(g, dx), g.element_size()],
+        grid,
         g,
         packed,
         dx,
@@ -252,6 +261,12 @@ def _grad_input(
         PRECISION="tf32" if allow_tf32 else "ieee",
         WIDE=_wide(g, packed, dx),
     )
+
+
+def _launch(kernel: Any, grid: Any, first: Tensor, *arguments: Any, **options: Any) -> None:
+    """Launch on the device of the first argument: Triton takes the current one."""
+    with torch.cuda.device_of(first):
+        wrap_triton(kernel)[grid](first, *arguments, **options)
 
 
 def _tiles(

@@ -17,7 +17,7 @@ def why_not_conv2d(x: Tensor, weight: Tensor, groups: int = 1) -> str | None:
     Parameters
     ----------
     x, weight
-        The input and the filters; only device, dtype and shape are looked at.
+        The input and the filters; only device and dtype are looked at.
     groups
         Number of channel groups.
     """
@@ -45,6 +45,8 @@ def _why_not(x: Tensor, weight: Tensor) -> str | None:
         return f"x must be on a CUDA device, not on {x.device}"
     if device == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
         return "the GPU must have compute capability 8.0 or later"
+    if weight.device != x.device:
+        return f"x and weight must be on one device, not on {x.device} and {weight.device}"
     if x.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         return f"dtype must be one of {names}, not {str(x.dtype).removeprefix('torch.')}"

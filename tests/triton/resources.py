@@ -76,7 +76,7 @@ def compile_all() -> list[Compiled]:
 
 def compile_case(case: str, target: int) -> list[Compiled]:
     """The kernels that the operators launch in a case, forward and backward."""
-    driver.set_active(_Driver(target))
+    driver.set_active(Driver(target))
     return [
         _compile(tuner, config, args, kwargs, case, target)
         for tuner, args, kwargs in _launches(*CASES[case])
@@ -84,7 +84,7 @@ def compile_case(case: str, target: int) -> list[Compiled]:
     ]
 
 
-class _Driver:
+class Driver:
     """Stands for a GPU of a compute capability."""
 
     def __init__(self, target: int) -> None:
