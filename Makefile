@@ -1,6 +1,8 @@
 # `make help` lists what one can do. Every target works from a bare clone.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# The release that goes with that torch; torch without CUDA does not bring it along.
+TRITON ?= triton==3.7.1
 VENV ?= .venv
 OUT ?= out/demo
 SUITES ?= layers step memory inference compaction stats defense
@@ -18,7 +20,7 @@ help: ## list the targets
 $(VENV)/.tools:
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/pip install --quiet --upgrade "pip>=23"
-	$(RUN)/pip install --quiet "$(TORCH)" "scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.21" ninja
+	$(RUN)/pip install --quiet "$(TORCH)" "$(TRITON)" "scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.21" ninja
 	@touch $@
 
 # Editable, so that Python changes need no rebuild; C++ changes are rebuilt incrementally.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ def masked_conv2d(
     x, weight = autocast(x), autocast(weight)
     residual = None if residual is None else autocast(residual)
     tensors = (x, weight, mask, scale, shift, bias, residual)
-    geometry = (_pair(stride), _pair(padding), _pair(dilation), groups)
+    geometry = (pair(stride), pair(padding), pair(dilation), groups)
     if in_transform():
         return reference.masked_conv2d(*tensors, *geometry, activation).to(x.dtype)
     return torch.ops.mnp_fast.masked_conv2d(
@@ -109,7 +110,8 @@ def masked_conv2d(
     )[0]
 
 
-def _pair(value: int | Sequence[int]) -> list[int]:
+def pair(value: int | Sequence[int]) -> list[int]:
+    """Two integers, for height and width."""
     return [value, value] if isinstance(value, int) else list(value)
 
 
@@ -257,7 +259,8 @@ def _backward_default(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep what `backward` needs; it hands the last input on as it is."""
     x, weight, mask, scale, shift, bias, _residual, *geometry, activation, keep_u = inputs[:-1]
     y, u = output
     ctx.mark_non_differentiable(u)
@@ -276,14 +279,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     )
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def backward(
+    operator: str, ctx: Any, grad: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Gradients of a forward operator's inputs, by the backward operator of the given name."""
     if grad is None:
         return (None,) * 14
     x, weight, y, u, mask, scale, shift, bias = ctx.saved_tensors
     need_x, need_weight, *need_vectors, need_residual = ctx.needs_input_grad[:7]
     if (need_vectors[0] or need_vectors[1]) and not ctx.keep_u:
         raise RuntimeError("masked_conv2d: gradients of mask and scale need keep_u=True")
-    dx, dw, dz, sums = torch.ops.mnp_fast.masked_conv2d_backward(
+    dx, dw, dz, sums = getattr(torch.ops.mnp_fast, operator)(
         grad,
         x,
         weight,
@@ -312,5 +318,9 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     )
 
 
-torch.library.register_autograd("mnp_fast::masked_conv2d", _backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    "mnp_fast::masked_conv2d",
+    partial(backward, "masked_conv2d_backward"),
+    setup_context=setup_context,
+)
 no_double_backward("masked_conv2d_backward")

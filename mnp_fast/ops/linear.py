@@ -48,6 +48,21 @@ def masked_linear(
     RuntimeError
         As in `masked_conv2d`.
     """
+    shape = output_shape(x, weight, residual)
+    y = masked_affine(
+        as_image(F.linear(x, weight)),
+        mask,
+        scale,
+        shift,
+        bias,
+        None if residual is None else as_image(autocast(residual)),
+        activation=activation,
+    )
+    return y.movedim(1, -1).reshape(shape)
+
+
+def output_shape(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[int, ...]:
+    """Shape of a linear layer's output, after a check of what is given."""
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise RuntimeError(
             "masked_linear: x must have shape (N, *, C) and weight (K, C), "
@@ -59,19 +74,10 @@ def masked_linear(
             f"masked_linear: residual must have the output's shape {shape}, "
             f"not {tuple(residual.shape)}"
         )
-    y = masked_affine(
-        _as_image(F.linear(x, weight)),
-        mask,
-        scale,
-        shift,
-        bias,
-        None if residual is None else _as_image(autocast(residual)),
-        activation=activation,
-    )
-    return y.movedim(1, -1).reshape(shape)
+    return shape
 
 
-def _as_image(x: Tensor) -> Tensor:
+def as_image(x: Tensor) -> Tensor:
     """(N, *, C) as a channels-last image (N, C, positions, 1), without copying."""
     samples = x.shape[0] if x.dim() > 1 else 1
     positions = x.shape[1:-1].numel() if x.dim() > 1 else 1
