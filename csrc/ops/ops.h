@@ -7,8 +7,6 @@
 
 namespace mnp::ops {
 
-using Ints = std::vector<int64_t>;
-
 std::tuple<Tensor, Tensor> masked_conv2d(const Tensor& x, const Tensor& weight,
                                          const MaybeTensor& mask, const MaybeTensor& scale,
                                          const MaybeTensor& shift, const MaybeTensor& bias,

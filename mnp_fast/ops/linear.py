@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import backends
 from ._common import autocast
-from .affine import masked_affine
+from .affine import masked_affine, plain_affine
 
 
 def masked_linear(
@@ -59,7 +63,22 @@ def masked_linear(
             f"masked_linear: residual must have the output's shape {shape}, "
             f"not {tuple(residual.shape)}"
         )
-    y = masked_affine(
+    arguments = (x, weight, mask, scale, shift, bias, residual, activation)
+    return backends.choose("masked_linear", *arguments).run(*arguments)
+
+
+def _product_and(
+    affine: Callable[..., Tensor],
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    y = affine(
         _as_image(F.linear(x, weight)),
         mask,
         scale,
@@ -68,7 +87,12 @@ def masked_linear(
         None if residual is None else _as_image(autocast(residual)),
         activation=activation,
     )
-    return y.movedim(1, -1).reshape(shape)
+    return y.movedim(1, -1).reshape(*x.shape[:-1], weight.shape[0])
+
+
+backends.register_compiled(
+    "masked_linear", partial(_product_and, masked_affine), partial(_product_and, plain_affine)
+)
 
 
 def _as_image(x: Tensor) -> Tensor:
