@@ -95,7 +95,8 @@ __device__ inline Compute<T> value(const PerNeuron& v, int64_t k, Compute<T> mis
   return widen(static_cast<const T*>(v.data)[k]);
 }
 
-// The lane's part of a sum over `lanes` neighbours, a power of two up to a warp, added in one order.
+// The lane's part of a sum over `lanes` neighbours, a power of two up to a warp, added in one
+// order.
 template <class C>
 __device__ inline C sum_lanes(C v, int lanes) {
   for (int step = 1; step < lanes; step *= 2) v += __shfl_xor_sync(0xffffffffu, v, step);

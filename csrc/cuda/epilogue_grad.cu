@@ -64,14 +64,14 @@ __global__ void __launch_bounds__(kThreads) grad_planes(EpilogueGrad e, int lane
   const int lane = threadIdx.x % lanes;
   C total[kSums] = {};
   if (row < rows) {
-    const int64_t n = divide(row, e.layout.neurons);
-    const Neuron<T> neuron = neuron_at<T>(e, row - n * e.layout.neurons, n);
+    const uint32_t neurons = static_cast<uint32_t>(e.layout.neurons);
+    const uint32_t n = static_cast<uint32_t>(row) / neurons;
+    const Neuron<T> neuron = neuron_at<T>(e, static_cast<uint32_t>(row) % neurons, n);
     const Span span{row * inner, (row + 1) * inner};
     C part[V][kSums] = {};  // an element's sums of its own keep rounding errors small
     for (int64_t i = span.begin / V * V + lane * V; i < span.end; i += int64_t{lanes} * V)
       grad_of<T, V>(
-          e, i, span, [&](int) { return neuron; },
-          [&](int j, int s, C v) { part[j][s] += v; });
+          e, i, span, [&](int) { return neuron; }, [&](int j, int s, C v) { part[j][s] += v; });
 #pragma unroll
     for (int s = 0; s < kSums; ++s)
 #pragma unroll
@@ -122,8 +122,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t end = begin + t.pixels < inner ? begin + t.pixels : inner;
     for (int64_t p = begin + row; p < end; p += t.rows)
       grad_of<T, V>(
-          e, (n * inner + p) * neurons + k, all,
-          [&](int j) { return neuron[j]; },
+          e, (n * inner + p) * neurons + k, all, [&](int j) { return neuron[j]; },
           [&](int j, int s, C v) { total[j][s] += v; });
   }
   if (!sums) return;
@@ -191,6 +190,7 @@ Error run_planes(const EpilogueGrad& e, Stream stream) {
   if (slots <= kTurns * kWarp)
     for (lanes = 1; lanes < kWarp && lanes < slots - 1;) lanes *= 2;
   const int64_t rows = e.layout.batch * e.layout.neurons;
+  if (rows > UINT32_MAX) return "the tensor has too many neurons and samples";
   return launch(grad_planes<T, V>, ceil_div(rows * lanes, kThreads), kThreads, stream, e, lanes);
 }
 

@@ -76,8 +76,8 @@ Error magnitude(const NeuronRows* layers, int64_t count, Element element, Norm n
       a.layer[a.count] = layers[begin + a.count];
       a.first[a.count + 1] = a.first[a.count] + a.layer[a.count].neurons;
     }
-    const Error error = with_element(
-        element, [&](auto zero) { return run<decltype(zero)>(a, norm, stream); });
+    const Error error =
+        with_element(element, [&](auto zero) { return run<decltype(zero)>(a, norm, stream); });
     if (error) return error;
   }
   return nullptr;

@@ -60,8 +60,7 @@ Error mask_update(const MaskStep* layers, int64_t count, Element element, double
                   double momentum, double penalty, Stream stream) {
   bool wide = true;
   for (int64_t i = 0; i < count; ++i)
-    wide = wide &&
-           aligned(layers[i].mask, layers[i].grad, layers[i].velocity, layers[i].magnitude);
+    wide = wide && aligned(layers[i].mask, layers[i].grad, layers[i].velocity, layers[i].magnitude);
   const auto go = [&](auto zero) {
     using T = decltype(zero);
     return wide ? run<T, kLanes<T>>(layers, count, lr, momentum, penalty, stream)

@@ -56,7 +56,7 @@ class Epilogue:
     """Random arguments of an epilogue, some of them missing."""
 
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, channels_last: bool):
-        n, k, inner = shape
+        n, k, _ = shape
         self.shape, self.dtype, self.channels_last = shape, dtype, channels_last
         self.per_sample, self.relu = random.random() < 0.5, random.random() < 0.7
         self.wide = random.random() < 0.5  # vectors in the dtype that is computed in

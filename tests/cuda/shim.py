@@ -131,8 +131,11 @@ def execute(program: Path, calls: Sequence[Call], reverse: bool) -> list[list[Te
             size = buffer.tensor.numel() * buffer.tensor.element_size()
             data = bytearray(done.stdout[at : at + size])
             at += size
-            flat = torch.frombuffer(data, dtype=buffer.tensor.dtype) if size else torch.empty(0)
-            written.append(flat.reshape(buffer.tensor.shape))
+            if size:
+                flat = torch.frombuffer(data, dtype=buffer.tensor.dtype)
+                written.append(flat.reshape(buffer.tensor.shape))
+            else:
+                written.append(torch.empty_like(buffer.tensor))
         results.append(written)
     assert at == len(done.stdout)
     return results

@@ -24,7 +24,7 @@ MUTATIONS = [
     ("epilogue_grad", "if (widen(y.at[j]) <= 0)", "if (widen(y.at[j]) < 0)"),
     ("epilogue_grad", "{row * inner, (row + 1) * inner}", "{row * inner, (row + 1) * inner + 1}"),
     ("epilogue_grad", "p < end; p += t.rows", "p <= end; p += t.rows"),
-    ("magnitude", "const Span span{ahead, ahead + rows.size};", "const Span span{ahead, rows.size};"),
+    ("magnitude", "span{ahead, ahead + rows.size};", "span{ahead, rows.size};"),
     ("magnitude", "a.first[layer + step] <= row", "a.first[layer + step] < row"),
     ("magnitude", "if (number >= a.first[a.count]) return;", ""),
     ("magnitude", "step < kWarp; step *= 2", "step < kWarp / 2; step *= 2"),

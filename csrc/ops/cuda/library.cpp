@@ -1,5 +1,5 @@
-// The CUDA implementations of the operators in ../../library.cpp. Convolutions are torch's, followed
-// by masked_affine: see mnp_fast/ops/conv.py.
+// The CUDA implementations of the operators in ../../library.cpp. Convolutions are torch's,
+// followed by masked_affine: see mnp_fast/ops/conv.py.
 #include <torch/csrc/stable/library.h>
 
 #include "ops.h"

@@ -36,7 +36,7 @@ Tensor masked_affine(const Tensor& x, const MaybeTensor& mask, const MaybeTensor
     return Values(given, element);
   };
   const Values m(mask, element), a = values("scale", scale), c = values("shift", shift),
-      b = values("bias", bias);
+                                 b = values("bias", bias);
   e.mask = m.view, e.scale = a.view, e.shift = c.view, e.bias = b.view;
   MaybeTensor r;
   if (residual) {
@@ -80,8 +80,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_affine_backward(const Tensor& grad, co
     return needed ? torch::stable::empty_like(plan.x) : empty_on(x, {0}, element);
   };
   Tensor dx = output(need_x), dz = output(need_residual);
-  Tensor sums =
-      empty_on(x, need_sums ? Ints{3, batch, neurons} : Ints{0}, computed);
+  Tensor sums = empty_on(x, need_sums ? Ints{3, batch, neurons} : Ints{0}, computed);
   if (need_x) e.g = dx.mutable_data_ptr();
   if (need_residual) e.dz = dz.mutable_data_ptr();
   if (need_sums) e.sums = sums.mutable_data_ptr();

@@ -1,9 +1,9 @@
 // Runs kernels on buffers read from standard input and writes back what they made of them.
 //
-// Request, repeated until the end of the input: the kernel, the order of threads, and the numbers of
-// integers, floats and buffers, then these; see Buffer::read. Response: the length of an error and
-// the error, then the buffers that are outputs. Every buffer lies between guards that must not be
-// touched, outputs are NaN before the call, and inputs must not change.
+// Request, repeated until the end of the input: the kernel, the order of threads, and the numbers
+// of integers, floats and buffers, then these; see Buffer::read. Response: the length of an error
+// and the error, then the buffers that are outputs. Every buffer lies between guards that must not
+// be touched, outputs are NaN before the call, and inputs must not change.
 #include <sanitizer/asan_interface.h>
 #include <unistd.h>
 
@@ -88,19 +88,23 @@ NeuronLayout layout_of(const Ints& i) { return {i[0], i[1], i[2], i[3] != 0}; }
 
 Error run_epilogue(const Ints& i, Buffers& b) {
   const auto vector = [&](int at) { return PerNeuron{b[at].get(), i[6] != 0}; };
-  Epilogue e{layout_of(i), static_cast<Element>(i[4]), b[0].get(), vector(1), i[5] != 0, vector(2),
-             vector(3), vector(4), b[5].get(), i[7] != 0, b[6].get()};
+  Epilogue e{layout_of(i), static_cast<Element>(i[4]),
+             b[0].get(),   vector(1),
+             i[5] != 0,    vector(2),
+             vector(3),    vector(4),
+             b[5].get(),   i[7] != 0,
+             b[6].get()};
   return epilogue(e, nullptr);
 }
 
 Error run_epilogue_grad(const Ints& i, Buffers& b) {
   const auto vector = [&](int at) { return PerNeuron{b[at].get(), i[6] != 0}; };
-  EpilogueGrad e{layout_of(i),  static_cast<Element>(i[4]),
-                 b[0].get(),    b[1].get(),
-                 b[2].get(),    vector(3),
-                 i[5] != 0,     vector(4),
-                 vector(5),     b[6].get(),
-                 b[7].get(),    b[8].get(),
+  EpilogueGrad e{layout_of(i), static_cast<Element>(i[4]),
+                 b[0].get(),   b[1].get(),
+                 b[2].get(),   vector(3),
+                 i[5] != 0,    vector(4),
+                 vector(5),    b[6].get(),
+                 b[7].get(),   b[8].get(),
                  nullptr};
   Buffer workspace(epilogue_grad_workspace(e), 0);
   e.workspace = workspace.get();
