@@ -5,7 +5,7 @@ namespace mnp::cuda {
 namespace {
 
 constexpr int kAhead = 2;          // accesses of a stream in flight in each thread
-constexpr int64_t kBlocks = 4096;  // beyond them, threads take several turns
+constexpr int64_t kBlocks = 2048;  // beyond them, threads take several turns
 
 // z = gain * u + offset + residual.
 template <class C>

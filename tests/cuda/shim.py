@@ -20,7 +20,7 @@ KERNELS = ("epilogue", "epilogue_grad", "magnitude", "mask_update")
 ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 COMPILER = shutil.which("g++") or "c++"
 FLAGS = ("-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
-SANITIZE = ("-O1", "-g", "-fsanitize=address", "-fno-omit-frame-pointer")
+SANITIZE = ("-O0", "-g", "-fsanitize=address", "-fno-omit-frame-pointer")
 NAMES = {name: i for i, name in enumerate(KERNELS)}
 
 

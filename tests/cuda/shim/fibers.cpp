@@ -10,9 +10,11 @@
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>
-#else
-#define __sanitizer_start_switch_fiber(...) ((void)0)
-#define __sanitizer_finish_switch_fiber(...) ((void)0)
+#else  // nobody watches the stacks
+template <class... Arguments>
+void __sanitizer_start_switch_fiber(Arguments...) {}
+template <class... Arguments>
+void __sanitizer_finish_switch_fiber(Arguments...) {}
 #endif
 
 namespace shim {
