@@ -14,10 +14,13 @@ if(MNP_FAST_CUDA STREQUAL "OFF")
 elseif(MNP_FAST_CUDA STREQUAL "AUTO" AND NOT torch_cuda)
   set(cuda_left_out "mnp_fast was built against torch ${torch_version}, which has no CUDA")
 else()
-  find_program(
-    nvcc nvcc
-    HINTS ENV CUDACXX ENV CUDA_HOME ENV CUDA_PATH /usr/local/cuda
-    PATH_SUFFIXES bin)
+  set(nvcc $ENV{CUDACXX})
+  if(NOT nvcc)
+    find_program(
+      nvcc nvcc
+      HINTS ENV CUDA_HOME ENV CUDA_PATH /usr/local/cuda
+      PATH_SUFFIXES bin)
+  endif()
   if(NOT nvcc)
     set(cuda_left_out "mnp_fast was built without nvcc, which was not found")
   else()
