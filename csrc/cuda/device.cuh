@@ -62,21 +62,30 @@ struct Span {
   __device__ bool has(int64_t i) const { return i >= begin && i < end; }
 };
 
-template <class T, int V>
-__device__ inline Vec<T, V> load(const T* p, int64_t i, const Span& span) {
-  if (span.covers<V>(i)) return load<T, V>(p + i);
+// Where all that is accessed lies inside.
+struct Inside {
+  template <int V>
+  __device__ bool covers(int64_t) const {
+    return true;
+  }
+  __device__ bool has(int64_t) const { return true; }
+};
+
+template <class T, int V, class Range>
+__device__ inline Vec<T, V> load(const T* p, int64_t i, const Range& range) {
+  if (range.template covers<V>(i)) return load<T, V>(p + i);
   Vec<T, V> v{};
 #pragma unroll
   for (int j = 0; j < V; ++j)
-    if (span.has(i + j)) v.at[j] = p[i + j];
+    if (range.has(i + j)) v.at[j] = p[i + j];
   return v;
 }
-template <class T, int V>
-__device__ inline void store(T* p, int64_t i, const Span& span, const Vec<T, V>& v) {
-  if (span.covers<V>(i)) return store<T, V>(p + i, v);
+template <class T, int V, class Range>
+__device__ inline void store(T* p, int64_t i, const Range& range, const Vec<T, V>& v) {
+  if (range.template covers<V>(i)) return store<T, V>(p + i, v);
 #pragma unroll
   for (int j = 0; j < V; ++j)
-    if (span.has(i + j)) p[i + j] = v.at[j];
+    if (range.has(i + j)) p[i + j] = v.at[j];
 }
 
 // a / b for non-negative integers; those of 32 bits are several times faster.

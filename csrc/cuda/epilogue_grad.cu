@@ -23,25 +23,26 @@ __device__ Neuron<T> neuron_at(const EpilogueGrad& e, int64_t k, int64_t n) {
   return {value<T>(e.mask, mask, 1) * scale, scale, value<T>(e.shift, k, 0)};
 }
 
-// The elements [i, i + V) inside the span; each is multiplied with its neuron's gain and added to
+// The elements [i, i + V) inside the range; each is multiplied with its neuron's gain and added to
 // its sums.
-template <class T, int V, class N, class S>
-__device__ void grad_of(const EpilogueGrad& e, int64_t i, const Span& span, const N& neuron,
+template <class T, int V, class Range, class N, class S>
+__device__ void grad_of(const EpilogueGrad& e, int64_t i, const Range& range, const N& neuron,
                         const S& sum) {
   using C = Compute<T>;
-  Vec<T, V> dy = load<T, V>(static_cast<const T*>(e.grad), i, span);
+  // All reads come first, so that they are under way together.
+  Vec<T, V> dy = load<T, V>(static_cast<const T*>(e.grad), i, range), y{}, u{};
+  if (e.y) y = load<T, V>(static_cast<const T*>(e.y), i, range);
+  if (e.sums) u = load<T, V>(static_cast<const T*>(e.u), i, range);
   if (e.y) {
-    const Vec<T, V> y = load<T, V>(static_cast<const T*>(e.y), i, span);
 #pragma unroll
     for (int j = 0; j < V; ++j)
       if (widen(y.at[j]) <= 0) narrow(0, dy.at[j]);
   }
-  if (e.dz) store<T, V>(static_cast<T*>(e.dz), i, span, dy);
+  if (e.dz) store<T, V>(static_cast<T*>(e.dz), i, range, dy);
   if (e.sums) {
-    const Vec<T, V> u = load<T, V>(static_cast<const T*>(e.u), i, span);
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      if (!span.has(i + j)) continue;
+      if (!range.has(i + j)) continue;
       const C d = widen(dy.at[j]), v = widen(u.at[j]);
       sum(j, 0, d);
       sum(j, 1, d * (neuron(j).scale * v + neuron(j).shift));
@@ -51,7 +52,7 @@ __device__ void grad_of(const EpilogueGrad& e, int64_t i, const Span& span, cons
   if (e.g) {
 #pragma unroll
     for (int j = 0; j < V; ++j) narrow(widen(dy.at[j]) * neuron(j).gain, dy.at[j]);
-    store<T, V>(static_cast<T*>(e.g), i, span, dy);
+    store<T, V>(static_cast<T*>(e.g), i, range, dy);
   }
 }
 
@@ -117,12 +118,11 @@ __global__ void __launch_bounds__(kThreads)
     Neuron<T> neuron[V];
 #pragma unroll
     for (int j = 0; j < V; ++j) neuron[j] = neuron_at<T>(e, k + j, n);
-    const Span all{0, batch * neurons * inner};
     const int64_t begin = split * t.pixels;
     const int64_t end = begin + t.pixels < inner ? begin + t.pixels : inner;
     for (int64_t p = begin + row; p < end; p += t.rows)
       grad_of<T, V>(
-          e, (n * inner + p) * neurons + k, all, [&](int j) { return neuron[j]; },
+          e, (n * inner + p) * neurons + k, Inside{}, [&](int j) { return neuron[j]; },
           [&](int j, int s, C v) { total[j][s] += v; });
   }
   if (!sums) return;

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from functools import cache
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
+@cache
 def cases_of(name):
     single = torch.float32
     if name.startswith("epilogue"):
@@ -41,24 +43,30 @@ def cases_of(name):
     return list((cases.magnitudes if name == "magnitude" else cases.mask_updates)(single))
 
 
-@pytest.mark.parametrize(("name", "text", "wrong"), MUTATIONS)
-def test_is_noticed(name, text, wrong, objects, tmp_path):
-    csrc = tmp_path / "csrc"
-    shutil.copytree(shim.CSRC, csrc, ignore=shutil.ignore_patterns("cpu", "*.cpp"))
-    # One type of elements is enough here, and compiles faster.
-    device = csrc / "cuda" / "device.cuh"
-    for other in ("double{}", "__half{}", "__nv_bfloat16{}"):
-        replace(device, f"return f({other});", "return f(float{});")
-    program = shim.build(objects, csrc)
-    calls = cases_of(name)
-    cases.check(program, calls)
-    replace(csrc / "cuda" / f"{name}.cu", text, wrong)
-    mutant = shim.build(objects, csrc)
-    with pytest.raises((AssertionError, subprocess.TimeoutExpired)):
-        cases.check(mutant, calls)
-
-
 def replace(path, text, other):
     source = path.read_text()
     assert source.count(text) == 1
     path.write_text(source.replace(text, other))
+
+
+@pytest.fixture
+def csrc(tmp_path):
+    """The sources for one type of elements, which is enough here and compiles faster."""
+    folder = tmp_path / "csrc"
+    shutil.copytree(shim.CSRC, folder, ignore=shutil.ignore_patterns("cpu", "*.cpp"))
+    for other in ("double{}", "__half{}", "__nv_bfloat16{}"):
+        replace(folder / "cuda" / "device.cuh", f"return f({other});", "return f(float{});")
+    return folder
+
+
+@pytest.mark.parametrize("name", shim.KERNELS)
+def test_without_a_mutation_all_is_right(name, csrc, objects):
+    cases.check(shim.build(objects, csrc), cases_of(name))
+
+
+@pytest.mark.parametrize(("name", "text", "wrong"), MUTATIONS)
+def test_is_noticed(name, text, wrong, csrc, objects):
+    replace(csrc / "cuda" / f"{name}.cu", text, wrong)
+    mutant = shim.build(objects, csrc)
+    with pytest.raises((AssertionError, subprocess.TimeoutExpired)):
+        cases.check(mutant, cases_of(name))
