@@ -47,8 +47,8 @@ def test_streams_are_accessed_by_16_bytes(name, objects):
     seen = 0
     for kernel, body in nvcc.entries(ptx).items():
         template = kernel.split("<")[0]
-        if template not in STREAMS or kernel.endswith(", 1>"):
-            continue
+        if template not in STREAMS or (template != "norms" and kernel.endswith(", 1>")):
+            continue  # the others are for tensors that do not start at a border of 16 bytes
         seen += 1
         reads, writes = STREAMS[template]
         wide = r"\.global(\.nc)?(\.L1::\w+)?\.(v4\.\w(32)|v2\.\w(64))"

@@ -24,7 +24,6 @@ Tensor masked_affine(const Tensor& x, const MaybeTensor& mask, const MaybeTensor
                      const std::string& activation) {
   const char* op = "masked_affine";
   const ScalarType element = x.scalar_type(), computed = compute_type(op, x);
-  const OnDeviceOf device(x);
   const Arranged plan(op, x, element);
   cuda::Epilogue e{};
   e.layout = plan.layout;
@@ -47,7 +46,7 @@ Tensor masked_affine(const Tensor& x, const MaybeTensor& mask, const MaybeTensor
   e.residual = pointer(r);
   Tensor y = torch::stable::empty_like(plan.x);
   e.y = y.mutable_data_ptr();
-  check_launch(op, cuda::epilogue(e, device.stream()));
+  check_launch(op, cuda::epilogue(e, OnDeviceOf(x).stream()));
   return y;
 }
 
@@ -59,7 +58,6 @@ std::tuple<Tensor, Tensor, Tensor> masked_affine_backward(const Tensor& grad, co
                                                           bool need_residual, bool need_sums) {
   const char* op = "masked_affine_backward";
   const ScalarType element = x.scalar_type(), computed = compute_type(op, x);
-  const OnDeviceOf device(x);
   const Arranged plan(op, x, element);
   cuda::EpilogueGrad e{};
   e.layout = plan.layout;
@@ -87,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_affine_backward(const Tensor& grad, co
   const Tensor workspace = empty_on(x, {cuda::epilogue_grad_workspace(e)}, ScalarType::Byte);
   e.workspace = workspace.mutable_data_ptr();
   if (need_sums && plan.x.numel() == 0) torch::stable::zero_(sums);
-  check_launch(op, cuda::epilogue_grad(e, device.stream()));
+  check_launch(op, cuda::epilogue_grad(e, OnDeviceOf(x).stream()));
   return {dx, dz, sums};
 }
 
