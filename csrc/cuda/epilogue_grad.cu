@@ -132,16 +132,18 @@ __global__ void __launch_bounds__(kThreads)
   };
   int half = 1;
   while (half < t.rows) half *= 2;
-  for (half /= 2; half; half /= 2) {
-    for (int j = 0; j < V; ++j)
-      for (int s = 0; s < kSums; ++s) at(threadIdx.x, j, s) = total[j][s];
+  for (half /= 2; half; half /= 2) {  // rows from half on are read once, and not written again
+    if (row >= half && row < 2 * half)
+#pragma unroll
+      for (int j = 0; j < V; ++j)
+#pragma unroll
+        for (int s = 0; s < kSums; ++s) at(threadIdx.x, j, s) = total[j][s];
     __syncthreads();
     if (row < half && row + half < t.rows)
 #pragma unroll
       for (int j = 0; j < V; ++j)
 #pragma unroll
         for (int s = 0; s < kSums; ++s) total[j][s] += at(threadIdx.x + half * t.lanes, j, s);
-    __syncthreads();
   }
   if (inside && row == 0)
 #pragma unroll

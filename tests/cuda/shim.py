@@ -20,7 +20,9 @@ KERNELS = ("epilogue", "epilogue_grad", "magnitude", "mask_update")
 ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 COMPILER = shutil.which("g++") or "c++"
 FLAGS = ("-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
-SANITIZE = ("-O0", "-g", "-fsanitize=address", "-fno-omit-frame-pointer")
+# Accesses of 16 bytes have to start at a border of 16 bytes on a device.
+CHECKS = ("-fsanitize=address,alignment", "-fno-sanitize-recover=alignment")
+SANITIZE = ("-O0", "-g", "-fno-omit-frame-pointer", *CHECKS)
 NAMES = {name: i for i, name in enumerate(KERNELS)}
 
 
@@ -56,7 +58,7 @@ def build(cache: Path, csrc: Path = CSRC) -> Path:
     key = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:20]
     program = cache / f"kernels-{key}"
     if not program.exists():
-        run([COMPILER, "-fsanitize=address", *objects, "-o", program])
+        run([COMPILER, *CHECKS, *objects, "-o", program])
     return program
 
 

@@ -17,7 +17,7 @@ MUTATIONS = [
     ("epilogue", "/ period * period;", ";"),
     ("epilogue", "i + (kAhead - 1) * step + V <= size", "i + (kAhead - 1) * step < size"),
     ("epilogue_grad", "total[j][s];\n    __syncthreads();", "total[j][s];"),
-    ("epilogue_grad", "t.lanes, j, s);\n    __syncthreads();", "t.lanes, j, s);"),
+    ("epilogue_grad", "row >= half && row < 2 * half", "row > half && row < 2 * half"),
     ("epilogue_grad", "= total[s];\n    __syncthreads();", "= total[s];"),
     ("epilogue_grad", "row + half < t.rows", "row + half <= t.rows"),
     ("epilogue_grad", "span.begin / V * V + lane * V", "span.begin + lane * V"),
