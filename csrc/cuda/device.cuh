@@ -34,7 +34,7 @@ __device__ inline void narrow(double v, double& to) { to = v; }
 __device__ inline void narrow(float v, __half& to) { to = __float2half(v); }
 __device__ inline void narrow(float v, __nv_bfloat16& to) { to = __float2bfloat16(v); }
 
-// V neighbouring elements, in one access of memory.
+// V neighbouring elements, one or as many as 16 bytes have.
 template <class T, int V>
 struct alignas(V * sizeof(T)) Vec {
   T at[V];
@@ -45,11 +45,26 @@ constexpr int kLanes = 16 / sizeof(T);
 
 template <class T, int V>
 __device__ inline Vec<T, V> load(const T* p) {
-  return *reinterpret_cast<const Vec<T, V>*>(p);
+  if constexpr (V == 1) {
+    return {*p};
+  } else {
+    const uint4 bits = *reinterpret_cast<const uint4*>(p);
+    Vec<T, V> v;
+    static_assert(sizeof v == sizeof bits);
+    memcpy(&v, &bits, sizeof v);
+    return v;
+  }
 }
 template <class T, int V>
 __device__ inline void store(T* p, const Vec<T, V>& v) {
-  *reinterpret_cast<Vec<T, V>*>(p) = v;
+  if constexpr (V == 1) {
+    *p = v.at[0];
+  } else {
+    uint4 bits;
+    static_assert(sizeof v == sizeof bits);
+    memcpy(&bits, &v, sizeof v);
+    __stwb(reinterpret_cast<uint4*>(p), bits);  // a plain store may be split by the compiler
+  }
 }
 
 // Which of the elements [i, i + V) lie in [begin, end): those at the borders are accessed alone.
@@ -88,10 +103,22 @@ __device__ inline void store(T* p, int64_t i, const Range& range, const Vec<T, V
     if (range.has(i + j)) p[i + j] = v.at[j];
 }
 
-// a / b for non-negative integers; those of 32 bits are several times faster.
-__device__ inline int64_t divide(int64_t a, int64_t b) {
-  if ((a | b) >> 32) return a / b;
-  return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+// What indices are divided by. The compiler's own division of 64 bits is a call, for which kernels
+// spill registers.
+struct Divisor {
+  int64_t value;
+  double inverse;
+
+  explicit Divisor(int64_t v) : value(v), inverse(1.0 / static_cast<double>(v)) {}
+};
+
+// a / b for a from 0 to 2**52; integers of 32 bits are several times faster.
+__device__ inline int64_t divide(int64_t a, const Divisor& b) {
+  if (!((a | b.value) >> 32)) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b.value);
+  const int64_t near =
+      static_cast<int64_t>(static_cast<double>(a) * b.inverse);  // off by at most 1
+  const int64_t rest = a - near * b.value;
+  return near + (rest >= b.value) - (rest < 0);
 }
 
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

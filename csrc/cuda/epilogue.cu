@@ -4,7 +4,10 @@
 namespace mnp::cuda {
 namespace {
 
-constexpr int kAhead = 2;          // accesses of a stream in flight in each thread
+constexpr int kAhead = 2;  // accesses of a stream in flight in each thread
+// Blocks on a multiprocessor, at least. Not told, the compiler spills registers to fit more of
+// them.
+constexpr int kResident = 2;
 constexpr int64_t kBlocks = 2048;  // beyond them, threads take several turns
 
 // z = gain * u + offset + residual.
@@ -62,11 +65,12 @@ __device__ void stream(const Epilogue& e, int64_t first, int64_t step, const F& 
 // Channels last. The elements between a thread's turns are a multiple of the neurons, so that its
 // neurons stay the same, and their vectors in registers.
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads) epilogue_channels_last(Epilogue e, int64_t step) {
+__global__ void __launch_bounds__(kThreads, kResident)
+    epilogue_channels_last(Epilogue e, int64_t step, Divisor by_neurons, Divisor by_sample) {
   const int64_t first = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * V;
   if (first >= step) return;
-  const int64_t neurons = e.layout.neurons, sample = neurons * e.layout.inner;
-  const int64_t first_neuron = first % neurons;
+  const int64_t neurons = e.layout.neurons;
+  const int64_t first_neuron = first - divide(first, by_neurons) * neurons;
   const auto neuron = [&](int j) {
     int64_t k = first_neuron + j;
     while (k >= neurons) k -= neurons;
@@ -79,7 +83,7 @@ __global__ void __launch_bounds__(kThreads) epilogue_channels_last(Epilogue e, i
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       if (e.per_sample && i + j < size_of(e.layout))
-        terms[j] = terms_of<T>(e, neuron(j), divide(i + j, sample) * neurons + neuron(j));
+        terms[j] = terms_of<T>(e, neuron(j), divide(i + j, by_sample) * neurons + neuron(j));
       apply<T>(e, terms[j], v.at[j], residual.at[j]);
     }
   });
@@ -87,15 +91,16 @@ __global__ void __launch_bounds__(kThreads) epilogue_channels_last(Epilogue e, i
 
 // Neurons one after the other. A vector may reach from one into the next.
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads) epilogue_planes(Epilogue e, int64_t step) {
+__global__ void __launch_bounds__(kThreads, kResident)
+    epilogue_planes(Epilogue e, int64_t step, Divisor by_neurons, Divisor by_inner) {
   const int64_t first = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * V;
   const int64_t inner = e.layout.inner, rows = e.layout.batch * e.layout.neurons;
   const auto terms_at = [&](int64_t row) {
-    const int64_t k = row - divide(row, e.layout.neurons) * e.layout.neurons;
+    const int64_t k = row - divide(row, by_neurons) * e.layout.neurons;
     return terms_of<T>(e, k, e.per_sample ? row : k);
   };
   stream<T, V>(e, first, step, [&](int64_t i, Vec<T, V>& v, const Vec<T, V>& residual) {
-    int64_t row = divide(i, inner), left = inner - (i - row * inner);
+    int64_t row = divide(i, by_inner), left = inner - (i - row * inner);
     Terms<Compute<T>> terms = terms_at(row);
 #pragma unroll
     for (int j = 0; j < V; ++j, --left) {
@@ -115,8 +120,10 @@ Error run(const Epilogue& e, Stream stream) {
   if (size == 0) return nullptr;
   int64_t blocks = ceil_div(size, int64_t{V} * kThreads * kAhead);
   if (blocks > kBlocks) blocks = kBlocks;
+  const Divisor by_neurons(l.neurons);
   if (!l.channels_last)
-    return launch(epilogue_planes<T, V>, blocks, kThreads, stream, e, blocks * kThreads * V);
+    return launch(epilogue_planes<T, V>, blocks, kThreads, stream, e, blocks * kThreads * V,
+                  by_neurons, Divisor(l.inner));
   int64_t period = l.neurons * V;  // elements after which vectors meet the same neurons
   for (int64_t common = V; common > 1; common /= 2)
     if (l.neurons % common == 0) {
@@ -126,7 +133,8 @@ Error run(const Epilogue& e, Stream stream) {
   const int64_t needed = ceil_div(period, int64_t{V} * kThreads);
   if (blocks < needed) blocks = needed;
   const int64_t step = blocks * kThreads * V / period * period;
-  return launch(epilogue_channels_last<T, V>, blocks, kThreads, stream, e, step);
+  return launch(epilogue_channels_last<T, V>, blocks, kThreads, stream, e, step, by_neurons,
+                Divisor(l.neurons * l.inner));
 }
 
 }  // namespace

@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads) grad_planes(EpilogueGrad e, int lane
 // one sample, one tile of channels, and one of `splits` parts of the pixels.
 struct Tiles {
   int lanes, rows;
-  int64_t tiles, splits;
+  unsigned tiles, splits;
   int64_t pixels;  // in a part
 };
 
@@ -108,10 +108,10 @@ __global__ void __launch_bounds__(kThreads)
     grad_channels_last(EpilogueGrad e, Tiles t, Compute<T>* sums) {
   using C = Compute<T>;
   const int64_t neurons = e.layout.neurons, inner = e.layout.inner, batch = e.layout.batch;
-  const int64_t tile = blockIdx.x % t.tiles, rest = blockIdx.x / t.tiles;
+  const unsigned tile = blockIdx.x % t.tiles, rest = blockIdx.x / t.tiles;
   const int64_t split = rest % t.splits, n = rest / t.splits;
   const int lane = threadIdx.x % t.lanes, row = threadIdx.x / t.lanes;
-  const int64_t k = (tile * t.lanes + lane) * V;
+  const int64_t k = (int64_t{tile} * t.lanes + lane) * V;
   const bool inside = k < neurons;
   C total[V][kSums] = {};
   if (inside) {
@@ -172,15 +172,14 @@ Tiles tiles_of(const EpilogueGrad& e, int lanes_of_16_bytes) {
   const bool wide = whole && aligned(e.grad, e.y, e.u, e.dz, e.g);
   const int64_t vectors = wide ? l.neurons / lanes_of_16_bytes : l.neurons;
   Tiles t{};
-  t.tiles = ceil_div(vectors, kThreads);
+  t.tiles = static_cast<unsigned>(ceil_div(vectors, kThreads));
   t.lanes = static_cast<int>(ceil_div(vectors, t.tiles));
   const int64_t rows = kThreads / t.lanes;
   t.rows = static_cast<int>(rows < l.inner ? rows : l.inner);
   const int64_t wanted = ceil_div(kFill, l.batch * t.tiles);
   const int64_t allowed = ceil_div(l.inner, kPixels * t.rows);
-  t.splits = wanted < allowed ? wanted : allowed;
-  t.pixels = ceil_div(l.inner, t.splits);
-  t.splits = ceil_div(l.inner, t.pixels);
+  t.pixels = ceil_div(l.inner, wanted < allowed ? wanted : allowed);
+  t.splits = static_cast<unsigned>(ceil_div(l.inner, t.pixels));
   return t;
 }
 

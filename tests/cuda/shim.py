@@ -49,14 +49,15 @@ def run(command: Sequence[str | Path], **options: object) -> subprocess.Complete
 
 def build(cache: Path, csrc: Path = CSRC) -> Path:
     """The program that runs the kernels of a source tree, under AddressSanitizer."""
-    sources = [
-        *(csrc / "cuda" / f"{name}.cu" for name in KERNELS),
-        SHIM / "fibers.cpp",
-        SHIM / "main.cpp",
-    ]
+    kernels = [csrc / "cuda" / f"{name}.cu" for name in KERNELS]
+    return link([*kernels, SHIM / "fibers.cpp", SHIM / "main.cpp"], cache, csrc)
+
+
+def link(sources: Sequence[Path], cache: Path, csrc: Path = CSRC) -> Path:
+    """A program from sources, under AddressSanitizer."""
     objects = [compile_unit(source, csrc, cache, SANITIZE) for source in sources]
     key = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:20]
-    program = cache / f"kernels-{key}"
+    program = cache / f"{sources[-1].stem}-{key}"
     if not program.exists():
         run([COMPILER, *CHECKS, *objects, "-o", program])
     return program

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from . import cases
+from . import cases, shim
 from .shim import ELEMENTS, Buffer, Call, execute
 
 
@@ -39,3 +39,7 @@ def test_threads_take_several_turns(program, channels_last):
     call = Call("epilogue", [1, 7, 160_001, channels_last, 0, 0, 0, 1], [given, *absent, y])
     (result,) = execute(program, [call], reverse=False)[0]
     assert torch.equal(result, y.tensor.relu())
+
+
+def test_division_of_64_bits(objects):
+    shim.run([shim.link([shim.SHIM / "fibers.cpp", shim.SHIM / "divide.cpp"], objects)])

@@ -13,7 +13,7 @@ from . import cases, shim
 MUTATIONS = [
     ("epilogue", "const Span all{0, size};", "const Span all{0, size + 1};"),
     ("epilogue", "if (left == 0 && row", "if (left == 1 && row"),
-    ("epilogue", "divide(i + j, sample)", "divide(i, sample)"),
+    ("epilogue", "divide(i + j, by_sample)", "divide(i, by_sample)"),
     ("epilogue", "/ period * period;", ";"),
     ("epilogue", "i + (kAhead - 1) * step + V <= size", "i + (kAhead - 1) * step < size"),
     ("epilogue_grad", "total[j][s];\n    __syncthreads();", "total[j][s];"),

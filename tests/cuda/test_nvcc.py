@@ -51,7 +51,7 @@ def test_streams_are_accessed_by_16_bytes(name, objects):
             continue  # the others are for tensors that do not start at a border of 16 bytes
         seen += 1
         reads, writes = STREAMS[template]
-        wide = r"\.global(\.nc)?(\.L1::\w+)?\.(v4\.\w(32)|v2\.\w(64))"
+        wide = r"\.global(\.\w+)?\.(v4\.\w(32)|v2\.\w(64))"
         assert len(re.findall(rf"\bld{wide}", body)) >= reads, kernel
         assert len(re.findall(rf"\bst{wide}", body)) >= writes, kernel
     assert seen >= 2

@@ -22,6 +22,12 @@ struct dim3 {
   dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+inline void __stwb(uint4* p, uint4 value) { *p = value; }
+
 inline dim3 blockIdx;
 #define threadIdx (dim3(static_cast<unsigned>(shim::thread())))
 
