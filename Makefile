@@ -9,10 +9,10 @@ SUITES ?= layers step memory inference compaction stats defense
 
 RUN = $(VENV)/bin
 BUILT = $(VENV)/.built
-SOURCES = $(shell find csrc -type f) CMakeLists.txt pyproject.toml
+SOURCES = $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize emulate docs lint format wheel results bench clean
+.PHONY: help demo test sanitize emulate docs lint format wheel results bench gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,7 +66,8 @@ lint: $(BUILT) ## check style and types
 format: $(BUILT) ## format Python and C++
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
-	$(RUN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+	$(RUN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh') \
+		$$(find tests -name '*.cpp' -o -name '*.h')
 
 wheel: $(BUILT) ## build a wheel into wheels/
 	$(RUN)/pip wheel --no-build-isolation --no-deps --wheel-dir wheels .
@@ -79,6 +80,9 @@ bench: $(BUILT) ## run all benchmark suites beside torch, store their figures an
 	  $(RUN)/python -m benchmarks.run --suite $$suite --json benchmarks/results/$$suite.json \
 	    || status=1; \
 	done; $(RUN)/python -m benchmarks.chart && exit $$status
+
+gpu: ## build, test and time the CUDA kernels where there is a device; writes out/gpu.md
+	PYTHON=$(PYTHON) benchmarks/gpu.sh out/gpu.md
 
 clean: ## remove what was built
 	rm -rf $(VENV) build wheels out

@@ -12,10 +12,17 @@ from typing import Annotated, Optional
 import torch
 import typer
 
-from . import compaction, defense, inference, layers, memory, stats, step
+from . import compaction, cuda, defense, inference, layers, memory, stats, step
 from .machine import machine, measured_peaks, roofline
 from .output import as_data, show
 from .timing import Case, measure
+
+
+class Device(str, Enum):
+    """Where it is timed."""
+
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 class Suite(str, Enum):
@@ -42,7 +49,13 @@ SUITES: dict[Suite, Callable[[bool], Iterator[Case]]] = {
 
 
 def main(
-    suite: Annotated[Suite, typer.Option(help="What to time.")],
+    suite: Annotated[
+        Optional[Suite],  # noqa: UP045 (Typer evaluates it on Python 3.10)
+        typer.Option(help="What to time on the CPU."),
+    ] = None,
+    device: Annotated[
+        Device, typer.Option(help="cuda has cases of its own, instead of a suite.")
+    ] = Device.cpu,
     quick: Annotated[bool, typer.Option(help="Small shapes, to see that it runs.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Timed calls of each.")] = 11,
     threads: Annotated[
@@ -57,19 +70,32 @@ def main(
     """Time this project beside its peers, in one process; exit with 1 where a result is wrong."""
     if threads is not None:
         torch.set_num_threads(threads)
+    if (suite is None) == (device is Device.cpu):
+        raise typer.BadParameter("give either --suite NAME or --device cuda")
     torch.manual_seed(0)
     used = torch.get_num_threads()
-    clock = time.thread_time if used == 1 else time.perf_counter
-    peaks = {} if quick else measured_peaks()
-    head = "\n".join([machine(used), *([roofline(peaks)] if peaks else [])])
-    rows = [row for case in SUITES[suite](quick) for row in measure(case, rounds, clock, peaks)]
-    show(rows, f"{suite.value}, {rounds} rounds", head)
+    if suite is None:
+        name, cases, clock, peaks = "cuda", cuda.cases(quick, "cuda"), after_the_device, {}
+        head = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}; {machine(used)}"
+    else:
+        name, cases = suite.value, SUITES[suite](quick)
+        clock = time.thread_time if used == 1 else time.perf_counter
+        peaks = {} if quick else measured_peaks()
+        head = "\n".join([machine(used), *([roofline(peaks)] if peaks else [])])
+    rows = [row for case in cases for row in measure(case, rounds, clock, peaks)]
+    show(rows, f"{name}, {rounds} rounds", head)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         content = {"machine": head, "quick": quick, "rows": as_data(rows)}
         output.write_text(json.dumps(content, indent=1) + "\n")
     if any(row.wrong for row in rows):
         raise typer.Exit(1)
+
+
+def after_the_device() -> float:
+    """The time when all work on the device is done."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 if __name__ == "__main__":

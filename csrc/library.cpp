@@ -56,6 +56,7 @@ STABLE_TORCH_LIBRARY_IMPL(mnp_fast, CPU, m) {
 PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = MNP_COMPILER;
   m.attr("built_with_torch") = MNP_TORCH_VERSION;
+  m.attr("cuda_left_out") = MNP_CUDA_LEFT_OUT;  // why there is no _cuda.so; empty where there is
   m.attr("instruction_sets_built") = mnp::cpu::built_instruction_sets();
   m.attr("instruction_sets_usable") = mnp::cpu::usable_instruction_sets();
   m.attr("instruction_set") = mnp::cpu::kernels().name;

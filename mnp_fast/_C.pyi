@@ -1,5 +1,6 @@
 compiler: str
 built_with_torch: str
+cuda_left_out: str
 instruction_sets_built: list[str]
 instruction_sets_usable: list[str]
 instruction_set: str

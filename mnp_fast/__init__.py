@@ -1,7 +1,7 @@
 """Fast magnitude-based neuron pruning: find and remove the neurons that carry a backdoor."""
 
 from . import _extension as _extension  # first: it registers the operators
-from . import ops, reference
+from . import backends, ops, reference
 from .compact import compact
 from .config import DefenseConfig
 from .defend import defend
@@ -14,6 +14,7 @@ from .wrap import masks, unwrap, wrap
 __all__ = [
     "DefenseConfig",
     "DefenseResult",
+    "backends",
     "build_info",
     "compact",
     "defend",

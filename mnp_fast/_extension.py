@@ -37,4 +37,21 @@ try:
 except ImportError as error:
     raise ImportError(_explain(error)) from error
 
-__all__ = ["_C"]
+
+def _load_cuda() -> str | None:
+    """Load the CUDA kernels where torch has CUDA; None, or why they are missing."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA"
+    if _C.cuda_left_out:
+        return f"{_C.cuda_left_out}; install it again with -Ccmake.define.MNP_FAST_CUDA=ON"
+    library = Path(_C.__file__).with_name("_cuda.so")
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return f"{library} cannot be loaded: {error}"
+    return None
+
+
+cuda_missing = _load_cuda()
+
+__all__ = ["_C", "cuda_missing"]

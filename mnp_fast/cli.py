@@ -57,6 +57,8 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
     for key, value in facts.items():
         parts = value.items() if isinstance(value, dict) else [("", value)]
         for name, item in parts:
+            if isinstance(item, dict):
+                item = [f"{candidate}: {state}" for candidate, state in item.items()]
             text = ", ".join(item) if isinstance(item, list) else str(item)
             table.add_row(f"{key} {name}".strip().replace("_", " "), text)
     console.print(table)

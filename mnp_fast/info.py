@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ._extension import _C
+from . import backends
+from ._extension import _C, cuda_missing
 
 
 def build_info() -> dict[str, Any]:
@@ -20,7 +21,8 @@ def build_info() -> dict[str, Any]:
         ``version``, ``compiler``, ``torch_built`` and ``torch_running``, ``python``; under
         ``cpu``, the instruction sets ``built``, ``usable`` on this machine and ``used`` (the best,
         or the one that the environment variable MNP_FAST_CPU names) and the number of
-        ``threads``; under ``cuda``, whether its kernels are ``built`` and the ``reason``.
+        ``threads``; under ``cuda``, whether its kernels are ``built`` and ``loaded``, and the
+        ``reason`` if they are not; under ``backends``, the candidates of each operator.
     """
     return {
         "version": metadata.version("mnp_fast"),
@@ -35,9 +37,9 @@ def build_info() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
         },
         "cuda": {
-            "built": False,
-            "reason": "this version has no CUDA kernels of its own; tensors on other devices than "
-            "the CPU go through plain PyTorch"
-            + ("" if torch.cuda.is_available() else ", and this torch sees no CUDA device"),
+            "built": not _C.cuda_left_out,
+            "loaded": cuda_missing is None,
+            "reason": cuda_missing or "",
         },
+        "backends": backends.table(),
     }

@@ -1,4 +1,5 @@
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from typer import Typer
 from typer.testing import CliRunner
 
 import mnp_fast
-from benchmarks import chart, communication, layers, machine, run, scaling, zoo
+from benchmarks import chart, communication, cuda, layers, machine, roofline, run, scaling, zoo
 from benchmarks.timing import OURS, Case, measure
 from mnp_fast.demo.resnet import ResNet18
 
@@ -43,6 +44,19 @@ def test_suite_runs(suite, tmp_path, benchmark):
     assert {row["case"] for row in rows if row["by"].startswith(OURS) and "ratio" in row} == cases
     for row in rows:
         assert "values" in row or row["note"]  # none is left out without a reason
+
+
+def test_cases_of_a_gpu_are_right():
+    """The same cases on the CPU, where nothing is captured."""
+    rows = [row for case in cuda.cases(True, "cpu") for row in measure(case, 1, time.time, {})]
+    assert not any(row.wrong for row in rows)
+    assert len({row.case for row in rows}) == 8
+    result = call(run.main, "--suite", "step", "--device", "cuda")
+    assert "give either --suite NAME or --device cuda" in result.output
+
+
+def test_docs_have_the_modelled_bytes():
+    assert roofline.page() in (Path(roofline.__file__).parents[1] / "docs" / "gpu.md").read_text()
 
 
 def case_of(error, limit=1e-5, **given):

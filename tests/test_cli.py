@@ -84,6 +84,7 @@ def test_info():
     for line in (f"version {facts['version']}", f"cpu used {facts['cpu']['used']}", "cuda built"):
         assert line in text
     assert f"cpu usable {', '.join(facts['cpu']['usable'])}" in text
+    assert "backends masked conv2d cpu: available, cuda: " in text
 
 
 def test_info_json():

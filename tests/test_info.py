@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import mnp_fast
-from mnp_fast import _C, _extension, build_info
+from mnp_fast import _C, _extension, backends, build_info
 
 CPU = build_info()["cpu"]
 PACKAGE = Path(mnp_fast.__file__).parent
@@ -22,14 +22,17 @@ def test_keys_and_values():
     info = build_info()
     assert set(info) == {
         "version", "compiler", "torch_built", "torch_running", "python", "cpu", "cuda",
+        "backends",
     }  # fmt: skip
     assert info["version"] == metadata.version("mnp_fast")
     assert re.fullmatch(r"(GNU|Clang|AppleClang) \d+(\.\d+)+", info["compiler"])
     assert re.match(r"\d+\.\d+", info["torch_built"])
     assert info["torch_running"] == torch.__version__
     assert info["python"] == platform.python_version()
-    assert info["cuda"]["built"] is False
-    assert "plain PyTorch" in info["cuda"]["reason"]
+    reason = _extension.cuda_missing
+    built = not _C.cuda_left_out
+    assert info["cuda"] == {"built": built, "loaded": not reason, "reason": reason or ""}
+    assert info["backends"] == backends.table()
     assert json.loads(json.dumps(info)) == info
 
 

@@ -6,6 +6,8 @@
 
 #include <stdint.h>
 
+#include "../kernel_types.h"
+
 namespace mnp::cpu {
 
 // y = act(mask * (scale * u + shift) + bias + residual), per neuron (the last axis).
@@ -111,13 +113,6 @@ struct WeightGrad {
   int64_t l2;      // bytes of the second cache
 };
 
-// Elements (n, k, i) of a tensor with `inner` elements per neuron and sample:
-// channels_last: at (n * inner + i) * K + k; otherwise at (n * K + k) * inner + i.
-struct NeuronLayout {
-  int64_t batch, neurons, inner;
-  bool channels_last;
-};
-
 // The epilogue of images whose u is given for some neurons and is 0 for the others.
 template <class T>
 struct ExpandNeurons {
@@ -147,9 +142,6 @@ struct EpilogueGrad {
   int64_t g_stride;  // channels last: from a pixel of g to the next
   T* sums;           // [3][batch][neurons]
 };
-
-enum class Norm : int { l1, l2, linf };
-enum class Element : int { f32, f64, f16, bf16 };
 
 // One row of weights a neuron.
 struct NeuronRows {

@@ -1,6 +1,7 @@
 // A convolution's geometry and the algorithms that compute it.
 #pragma once
 
+#include "cpu/dispatch.h"
 #include "ops.h"
 #include "workspace.h"
 

@@ -1,35 +1,14 @@
+#include "epilogue_grad.h"
 #include "image.h"
 #include "ops.h"
 
 namespace mnp::ops {
 namespace {
 
-// A tensor (N, K, *) in a layout that the kernels know, in the compute type.
-struct Plan {
-  ScalarType type;
-  Tensor x;
-  cpu::NeuronLayout layout;
-  bool channels_last;
-
-  Plan(const char* op, const Tensor& given) : type(compute_type(op, given)) {
-    MNP_CHECK(given.is_cpu(), op, ": x must be on the CPU");
-    MNP_CHECK(given.dim() >= 2, op, ": x must have shape (N, K, *), not ", shape_of(given));
-    channels_last = is_channels_last(given);
-    x = arrange(given);
-    const int64_t n = x.size(0), k = x.size(1);
-    int64_t inner = 1;
-    for (int64_t i = 2; i < x.dim(); ++i) inner *= x.size(i);
-    layout = {n, k, inner, channels_last || inner == 1};
-  }
-
-  // `t` in the compute type and in x's layout.
-  Tensor arrange(const Tensor& t) const {
-    const MemoryFormat format = !channels_last ? MemoryFormat::Contiguous
-                                : t.dim() == 4 ? MemoryFormat::ChannelsLast
-                                               : MemoryFormat::ChannelsLast3d;
-    return torch::stable::contiguous(as_type(t, type), format);
-  }
-};
+Arranged on_cpu(const char* op, const Tensor& x) {
+  MNP_CHECK(x.is_cpu(), op, ": x must be on the CPU");
+  return Arranged(op, x, compute_type(op, x));
+}
 
 }  // namespace
 
@@ -37,8 +16,8 @@ Tensor masked_affine(const Tensor& x, const MaybeTensor& mask, const MaybeTensor
                      const MaybeTensor& shift, const MaybeTensor& bias, const MaybeTensor& residual,
                      const std::string& activation) {
   const char* op = "masked_affine";
-  const Plan plan(op, x);
-  const cpu::NeuronLayout& layout = plan.layout;
+  const Arranged plan = on_cpu(op, x);
+  const NeuronLayout& layout = plan.layout;
   const Mask m(op, mask, layout.batch, layout.neurons, x, plan.type);
   const Tensor a = neuron_vector(op, "scale", scale, layout.neurons, 1, x, plan.type);
   const Tensor c = neuron_vector(op, "shift", shift, layout.neurons, 0, x, plan.type);
@@ -74,8 +53,8 @@ std::tuple<Tensor, Tensor, Tensor> masked_affine_backward(const Tensor& grad, co
                                                           const MaybeTensor& shift, bool need_x,
                                                           bool need_residual, bool need_sums) {
   const char* op = "masked_affine_backward";
-  const Plan plan(op, x);
-  const cpu::NeuronLayout& layout = plan.layout;
+  const Arranged plan = on_cpu(op, x);
+  const NeuronLayout& layout = plan.layout;
   const Mask m(op, mask, layout.batch, layout.neurons, x, plan.type);
   const Tensor a = neuron_vector(op, "scale", scale, layout.neurons, 1, x, plan.type);
   const Tensor c = neuron_vector(op, "shift", shift, layout.neurons, 0, x, plan.type);

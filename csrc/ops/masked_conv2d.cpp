@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "conv.h"
+#include "epilogue_grad.h"
 #include "image.h"
 #include "living.h"
 

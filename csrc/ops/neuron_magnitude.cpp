@@ -1,37 +1,10 @@
 #include <algorithm>
-#include <array>
 
+#include "cpu/dispatch.h"
 #include "ops.h"
 
 namespace mnp::ops {
 namespace {
-
-cpu::Element element_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Double:
-      return cpu::Element::f64;
-    case ScalarType::Half:
-      return cpu::Element::f16;
-    case ScalarType::BFloat16:
-      return cpu::Element::bf16;
-    default:
-      return cpu::Element::f32;
-  }
-}
-
-// Whether each row of the weight, (neurons, *), lies in one piece, in whatever order of its axes.
-bool has_dense_rows(const Tensor& weight) {
-  std::vector<std::array<int64_t, 2>> axes;  // stride, size
-  for (int64_t i = 1; i < weight.dim(); ++i)
-    if (weight.size(i) != 1) axes.push_back({weight.stride(i), weight.size(i)});
-  std::sort(axes.begin(), axes.end());
-  int64_t expected = 1;
-  for (const auto& [stride, size] : axes) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return true;
-}
 
 // Fills in all layers' norms in one parallel loop over their elements, as layers differ in size.
 void run_magnitude(const std::vector<cpu::NeuronRows>& layers,
@@ -57,11 +30,7 @@ void run_magnitude(const std::vector<cpu::NeuronRows>& layers,
 
 std::vector<Tensor> neuron_magnitude(const std::vector<Tensor>& weights, const std::string& norm) {
   const char* op = "neuron_magnitude";
-  MNP_CHECK(norm == "l1" || norm == "l2" || norm == "linf", op,
-            ": norm must be 'l1', 'l2' or 'linf', not '", norm, "'");
-  const cpu::Norm kind = norm == "l1"   ? cpu::Norm::l1
-                         : norm == "l2" ? cpu::Norm::l2
-                                        : cpu::Norm::linf;
+  const Norm kind = parse_norm(op, norm);
   for (const Tensor& w : weights)
     MNP_CHECK(w.is_cpu() && w.dim() >= 1, op,
               ": weights must be CPU tensors of shape (neurons, *), not ", shape_of(w));

@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/dispatch.h"
+#include "kernel_types.h"
 
 namespace mnp::ops {
 
@@ -55,11 +55,35 @@ void with_type(ScalarType type, const F& f) {
 // Channels-last in memory and not contiguous as well (as with one channel or one pixel).
 bool is_channels_last(const Tensor& t);
 
-// A per-neuron vector in the compute type, contiguous; `fill` everywhere where it is not given.
+// A tensor (N, K, *) in a layout that the kernels know, as elements of a type.
+struct Arranged {
+  ScalarType type;
+  Tensor x;
+  NeuronLayout layout;
+  bool channels_last;
+
+  Arranged(const char* op, const Tensor& given, ScalarType type);
+  // `t` in that type and layout.
+  Tensor arrange(const Tensor& t) const;
+};
+
+bool same_device(const Tensor& a, const Tensor& b);
+
+// Fails unless a per-neuron vector has shape (neurons,), and the device and dtype of `like`, or the
+// dtype that is computed in.
+void check_vector(const char* op, const char* name, const Tensor& given, int64_t neurons,
+                  const Tensor& like, ScalarType computed);
+
+// The same for a mask, which may also be (batch, neurons). Returns whether it is.
+bool check_mask(const char* op, const Tensor& given, int64_t batch, int64_t neurons,
+                const Tensor& like, ScalarType computed);
+
+// A per-neuron vector in the compute type, contiguous, on the CPU; `fill` everywhere where it is
+// not given.
 Tensor neuron_vector(const char* op, const char* name, const MaybeTensor& given, int64_t neurons,
                      double fill, const Tensor& like, ScalarType type);
 
-// The mask, (neurons,) or per sample (batch, neurons), and the stride between samples.
+// The mask in such form, (neurons,) or per sample (batch, neurons), and the stride between samples.
 struct Mask {
   Tensor values;
   int64_t stride;
@@ -67,10 +91,20 @@ struct Mask {
        ScalarType type);
 };
 
-// Fails unless the given tensor has the shape and type of `like`.
+// Fails unless the given tensor has the shape, type and device of `like`.
 void check_like(const char* op, const char* name, const Tensor& t, const Tensor& like);
 
+// What mask_update_ is given: lists of one tensor a layer, all on one device.
+void check_mask_lists(const char* op, const std::vector<Tensor>& masks,
+                      const std::vector<Tensor>& grads, const std::vector<Tensor>& velocities,
+                      const std::vector<Tensor>& magnitudes);
+
 bool parse_activation(const char* op, const std::string& activation);
+Norm parse_norm(const char* op, const std::string& norm);
+Element element_of(ScalarType type);
+
+// Whether each row of a weight, (neurons, *), lies in one piece, in whatever order of its axes.
+bool has_dense_rows(const Tensor& weight);
 
 // Smallest range worth a thread of its own, for items that cost `cost` multiply-adds each.
 int64_t grain(int64_t cost);
@@ -87,9 +121,5 @@ template <class T>
 const T* data_or_null(const MaybeTensor& t) {
   return t ? data<T>(*t) : nullptr;
 }
-
-// Runs cpu::Kernels::epilogue_grad over all samples and neurons on torch's threads.
-template <class T>
-void run_epilogue_grad(const cpu::EpilogueGrad<T>& a);
 
 }  // namespace mnp::ops

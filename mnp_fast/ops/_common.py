@@ -52,10 +52,14 @@ def is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=last)
 
 
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The memory format of a 4-D tensor: channels-last or contiguous."""
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
+
+
 def empty_like_layout(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """An empty 4-D tensor in the dtype, device and memory format of x."""
-    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-    return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=layout)
+    return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import backends, reference
 from ._common import (
     compute_dtype,
     default_kernel,
@@ -56,10 +56,27 @@ def masked_affine(
     RuntimeError
         Shapes, dtypes, devices or options that do not fit together; the message names the argument.
     """
+    arguments = (x, mask, scale, shift, bias, residual, activation)
     if in_transform():
-        y = reference.masked_affine(x, mask, scale, shift, bias, residual, activation)
-        return y.to(x.dtype)
-    return torch.ops.mnp_fast.masked_affine(x, mask, scale, shift, bias, residual, activation)
+        return plain_affine(*arguments)
+    return backends.choose("masked_affine", *arguments).run(*arguments)
+
+
+def plain_affine(
+    x: Tensor,
+    mask: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """`masked_affine` by torch's operators alone."""
+    y = reference.masked_affine(x, mask, scale, shift, bias, residual, activation)
+    return y.to(x.dtype)
+
+
+backends.register_compiled("masked_affine", torch.ops.mnp_fast.masked_affine, plain_affine)
 
 
 def _dense(x: Tensor) -> Tensor:

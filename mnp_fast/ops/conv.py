@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import reference
+from .. import backends, reference
 from ._common import (
     autocast,
     compute_dtype,
     default_kernel,
     empty_like_layout,
     in_transform,
+    memory_format,
     no_double_backward,
     vector_grads,
     wants_grad,
@@ -103,11 +104,23 @@ def masked_conv2d(
     residual = None if residual is None else autocast(residual)
     tensors = (x, weight, mask, scale, shift, bias, residual)
     geometry = (pair(stride), pair(padding), pair(dilation), groups)
+    arguments = (*tensors, *geometry, activation, algorithm)
     if in_transform():
-        return reference.masked_conv2d(*tensors, *geometry, activation).to(x.dtype)
-    return torch.ops.mnp_fast.masked_conv2d(
-        *tensors, *geometry, activation, wants_grad(mask, scale), algorithm
-    )[0]
+        return _plain(*arguments)
+    return backends.choose("masked_conv2d", *arguments).run(*arguments)
+
+
+def _compiled(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    *_, algorithm = others
+    keep_u = wants_grad(*others[:2])  # mask and scale
+    return torch.ops.mnp_fast.masked_conv2d(x, weight, *others[:-1], keep_u, algorithm)[0]
+
+
+def _plain(x: Tensor, *others: Any) -> Tensor:
+    return reference.masked_conv2d(x, *others[:-1]).to(x.dtype)
+
+
+backends.register_compiled("masked_conv2d", _compiled, _plain)
 
 
 def pair(value: int | Sequence[int]) -> list[int]:
@@ -148,11 +161,18 @@ def _fake(
     algorithm: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     sizes = output_size(x.shape, weight.shape, stride, padding, dilation)
-    dtype = compute_dtype(x.dtype)
+    dtype, layout = _form_of_u(x)
     if not keep_u:
         return empty_like_layout(x, sizes), x.new_empty(0, dtype=dtype)
-    u = torch.empty(sizes, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+    u = torch.empty(sizes, dtype=dtype, device=x.device, memory_format=layout)
     return empty_like_layout(x, sizes), u
+
+
+def _form_of_u(x: Tensor) -> tuple[torch.dtype, torch.memory_format]:
+    """What u is kept as: on the CPU as the kernels compute it, elsewhere as torch returns it."""
+    if x.device.type == "cpu":
+        return compute_dtype(x.dtype), torch.channels_last
+    return x.dtype, memory_format(x)
 
 
 @default_kernel("masked_conv2d")
@@ -172,13 +192,15 @@ def _default(
     keep_u: bool,
     algorithm: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    u = F.conv2d(x, weight, None, stride, padding, dilation, groups)
-    y = empty_like_layout(x, tuple(u.shape))
-    y.copy_(reference.epilogue(u, mask, scale, shift, bias, residual, activation))
-    dtype = compute_dtype(x.dtype)
+    layout = memory_format(x)  # of the weight too, so that torch's result has it
+    u = F.conv2d(
+        x, weight.contiguous(memory_format=layout), None, stride, padding, dilation, groups
+    ).contiguous(memory_format=layout)
+    y = torch.ops.mnp_fast.masked_affine(u, mask, scale, shift, bias, residual, activation)
+    dtype, layout = _form_of_u(x)
     if not keep_u:
         return y, x.new_empty(0, dtype=dtype)
-    return y, u.to(dtype).clone(memory_format=torch.channels_last)
+    return y, u.to(dtype).contiguous(memory_format=layout)
 
 
 @torch.library.register_fake("mnp_fast::masked_conv2d_backward")
@@ -230,31 +252,35 @@ def _backward_default(
     need_sums: bool,
     algorithm: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(x.dtype)
-    none = x.new_empty(0, dtype=dtype)
-    dz, g, sums = reference.epilogue_backward(
-        grad.to(dtype),
-        y,
-        u,
-        *(None if v is None else v.to(dtype) for v in (mask, scale, shift)),
+    none = x.new_empty(0, dtype=compute_dtype(x.dtype))
+    layout = memory_format(x)
+    grad = grad.contiguous(memory_format=layout)
+    # Without u, sums of products with it are 0: gradients of mask and scale are not wanted.
+    known = grad if u is None else u.to(x.dtype).contiguous(memory_format=layout)
+    g, dz, sums = torch.ops.mnp_fast.masked_affine_backward(
+        grad, known, y, mask, scale, shift, need_x or need_weight, need_residual, need_sums
     )
-    dx, dw, _ = torch.ops.aten.convolution_backward(
-        g.to(x.dtype),
-        x,
-        weight,
-        None,
-        stride,
-        padding,
-        dilation,
-        False,
-        [0, 0],
-        groups,
-        [need_x, need_weight, False],
-    )
+    if need_sums and u is None:
+        sums[1:] = 0
+    dx = dw = none
+    if need_x or need_weight:
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            g,
+            x,
+            weight.contiguous(memory_format=layout),
+            None,
+            stride,
+            padding,
+            dilation,
+            False,
+            [0, 0],
+            groups,
+            [need_x, need_weight, False],
+        )
     return (
-        empty_like_layout(x, tuple(x.shape)).copy_(dx) if need_x else none,
+        dx.contiguous(memory_format=layout) if need_x else none,
         dw.contiguous() if need_weight else none.clone(),
-        empty_like_layout(x, tuple(dz.shape)).copy_(dz) if need_residual else none.clone(),
+        dz if need_residual else none.clone(),
         sums if need_sums else none.clone(),
     )
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import backends
 from ._common import autocast
-from .affine import masked_affine
+from .affine import masked_affine, plain_affine
 
 
 def masked_linear(
@@ -48,17 +52,9 @@ def masked_linear(
     RuntimeError
         As in `masked_conv2d`.
     """
-    shape = output_shape(x, weight, residual)
-    y = masked_affine(
-        as_image(F.linear(x, weight)),
-        mask,
-        scale,
-        shift,
-        bias,
-        None if residual is None else as_image(autocast(residual)),
-        activation=activation,
-    )
-    return y.movedim(1, -1).reshape(shape)
+    output_shape(x, weight, residual)
+    arguments = (x, weight, mask, scale, shift, bias, residual, activation)
+    return backends.choose("masked_linear", *arguments).run(*arguments)
 
 
 def output_shape(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[int, ...]:
@@ -75,6 +71,34 @@ def output_shape(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[in
             f"not {tuple(residual.shape)}"
         )
     return shape
+
+
+def _product_and(
+    affine: Callable[..., Tensor],
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    y = affine(
+        as_image(F.linear(x, weight)),
+        mask,
+        scale,
+        shift,
+        bias,
+        None if residual is None else as_image(autocast(residual)),
+        activation=activation,
+    )
+    return y.movedim(1, -1).reshape(*x.shape[:-1], weight.shape[0])
+
+
+backends.register_compiled(
+    "masked_linear", partial(_product_and, masked_affine), partial(_product_and, plain_affine)
+)
 
 
 def as_image(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import backends, reference
 from ._common import compute_dtype, default_kernel
 
 
@@ -31,7 +31,8 @@ def neuron_magnitude(weights: Sequence[Tensor], norm: str = "l1") -> list[Tensor
     RuntimeError
         An unknown norm, or weights of another dtype or without dimensions.
     """
-    return torch.ops.mnp_fast.neuron_magnitude([w.detach() for w in weights], norm)
+    arguments = ([w.detach() for w in weights], norm)
+    return backends.choose("neuron_magnitude", *arguments).run(*arguments)
 
 
 @torch.library.register_fake("mnp_fast::neuron_magnitude")
@@ -42,3 +43,6 @@ def _fake(weights: list[Tensor], norm: str) -> list[Tensor]:
 @default_kernel("neuron_magnitude")
 def _default(weights: list[Tensor], norm: str) -> list[Tensor]:
     return reference.neuron_magnitude([w.to(compute_dtype(w.dtype)) for w in weights], norm)
+
+
+backends.register_compiled("neuron_magnitude", torch.ops.mnp_fast.neuron_magnitude, _default)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import backends, reference
 from ._common import default_kernel
 
 
@@ -42,9 +42,8 @@ def mask_update_(
         Lists of different lengths, or tensors of other shapes or dtypes than their mask.
     """
     masks, velocities = list(masks), list(velocities)
-    torch.ops.mnp_fast.mask_update_(
-        masks, list(grads), velocities, list(magnitudes), lr, momentum, penalty
-    )
+    arguments = (masks, list(grads), velocities, list(magnitudes), lr, momentum, penalty)
+    backends.choose("mask_update_", *arguments).run(*arguments)
     for changed in (*masks, *velocities):
         torch.autograd.graph.increment_version(changed)
 
@@ -63,3 +62,4 @@ def _fake(
 
 
 default_kernel("mask_update_")(reference.mask_update_)
+backends.register_compiled("mask_update_", torch.ops.mnp_fast.mask_update_, reference.mask_update_)

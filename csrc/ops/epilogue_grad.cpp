@@ -1,0 +1,25 @@
+#include "epilogue_grad.h"
+
+#include <algorithm>
+
+namespace mnp::ops {
+
+template <class T>
+void run_epilogue_grad(const cpu::EpilogueGrad<T>& a) {
+  constexpr int64_t kNeurons = 64;
+  const int64_t strips = (a.layout.neurons + kNeurons - 1) / kNeurons;
+  torch::stable::parallel_for(0, a.layout.batch * strips, grain(a.layout.inner * kNeurons),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t i = begin; i < end; ++i) {
+                                  const int64_t n = i / strips, first = i % strips * kNeurons;
+                                  cpu::kernels_of<T>().epilogue_grad(
+                                      a, n, n + 1, first,
+                                      std::min(first + kNeurons, a.layout.neurons));
+                                }
+                              });
+}
+
+template void run_epilogue_grad(const cpu::EpilogueGrad<float>&);
+template void run_epilogue_grad(const cpu::EpilogueGrad<double>&);
+
+}  // namespace mnp::ops

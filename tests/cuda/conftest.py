@@ -1,0 +1,21 @@
+import random
+
+import pytest
+
+from . import shim
+
+
+@pytest.fixture(autouse=True)
+def _seed_of_cases():
+    random.seed(0)
+
+
+@pytest.fixture(scope="session")
+def objects(request):
+    """Where compiled kernels are kept between runs; their names have hashes of what they are."""
+    return request.config.cache.mkdir("cuda")
+
+
+@pytest.fixture(scope="session")
+def program(objects):
+    return shim.build(objects)

@@ -1,0 +1,45 @@
+"""The text of the CUDA kernels, run on the CPU between guards, with poisoned outputs."""
+
+import pytest
+import torch
+
+from . import cases, shim
+from .shim import ELEMENTS, Buffer, Call, execute
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", ELEMENTS)
+def test_epilogue(program, dtype, channels_last):
+    cases.check(program, list(cases.epilogues(dtype, channels_last)))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", ELEMENTS)
+def test_epilogue_grad(program, dtype, channels_last):
+    cases.check(program, list(cases.epilogue_grads(dtype, channels_last)))
+
+
+@pytest.mark.parametrize("dtype", ELEMENTS)
+def test_magnitude(program, dtype):
+    cases.check(program, list(cases.magnitudes(dtype)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_mask_update(program, dtype):
+    cases.check(program, list(cases.mask_updates(dtype)))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_threads_take_several_turns(program, channels_last):
+    """More elements than a launch has threads for."""
+    u = torch.randn(1, 7, 160_001)
+    y = Buffer(cases.laid_out(u, channels_last), "out", offset=4)
+    absent = [Buffer(None)] * 5
+    given = Buffer(y.tensor, offset=4)
+    call = Call("epilogue", [1, 7, 160_001, channels_last, 0, 0, 0, 1], [given, *absent, y])
+    (result,) = execute(program, [call], reverse=False)[0]
+    assert torch.equal(result, y.tensor.relu())
+
+
+def test_division_of_64_bits(objects):
+    shim.run([shim.link([shim.SHIM / "fibers.cpp", shim.SHIM / "divide.cpp"], objects)])
