@@ -2,6 +2,7 @@
 
 from . import _extension as _extension  # first: it registers the operators
 from . import backends, ops, reference
+from . import triton as triton  # its kernels are candidates of `backends`
 from .compact import compact
 from .config import DefenseConfig
 from .defend import defend

@@ -3,6 +3,7 @@
 Every operator has a list of candidates. The first that can run takes the call:
 
 - ``cpu`` and ``cuda``, the compiled kernels, take tensors on their device;
+- ``triton`` takes CUDA tensors where the compiled kernels are missing (two operators have it);
 - ``torch``, the definition in plain PyTorch, takes what is on devices without compiled kernels. On
   CUDA devices it is taken on request only: if their kernels are missing, calls fail and say why.
 

@@ -35,6 +35,36 @@ def test_table_says_what_is_available():
         assert candidates["cuda"] == (_extension.cuda_missing or "available")
 
 
+def test_triton_says_what_it_cannot_do():
+    x, weight = torch.randn(2, 4, 5, 5), torch.randn(4, 2, 3, 3)
+    geometry = ([1, 1], [1, 1], [1, 1])
+    vectors = (None,) * 5
+    for groups, algorithm, why in (
+        (2, "auto", "groups must be 1, not 2"),
+        (1, "winograd4", "algorithm must be 'auto' or 'direct', not 'winograd4'"),
+        (1, "direct", "x must be on a CUDA device, not on cpu"),
+    ):
+        arguments = (x, weight, *vectors, *geometry, groups, "none", algorithm)
+        assert backends.reasons("masked_conv2d", *arguments)["triton"] == why
+    message = "masked_linear: the backend 'triton' cannot run: x must be on a CUDA device"
+    with backends.use(masked_linear="triton"), pytest.raises(RuntimeError, match=message):
+        ops.masked_linear(x, torch.randn(3, 5))
+
+
+def test_triton_takes_over_where_cuda_kernels_are_missing(monkeypatch):
+    candidates = [
+        backends.Candidate(c.name, "gone" if c.name == "cuda" else None, c.can_run, c.run)
+        for c in backends._candidates["masked_linear"]
+    ]
+    monkeypatch.setitem(backends._candidates, "masked_linear", candidates)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with FakeTensorMode():
+        x = torch.empty(2, 3, device="cuda")
+        assert (
+            backends.choose("masked_linear", x, torch.empty(4, 3, device="cuda")).name == "triton"
+        )
+
+
 def test_the_compiled_kernels_are_the_default():
     x = torch.randn(2, 3)
     assert backends.choose("masked_affine", x).name == "cpu"

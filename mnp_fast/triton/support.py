@@ -37,9 +37,16 @@ def why_not_linear(x: Tensor, weight: Tensor) -> str | None:
     return _why_not(x, weight)
 
 
-def _why_not(x: Tensor, weight: Tensor) -> str | None:
+def missing() -> str | None:
+    """Why the kernels cannot run in this installation at all; None if they can."""
     if find_spec("triton") is None:
         return "the package triton is not installed (pip install 'mnp_fast[triton]')"
+    return None
+
+
+def _why_not(x: Tensor, weight: Tensor) -> str | None:
+    if (why := missing()) is not None:
+        return why
     device = x.device.type
     if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"x must be on a CUDA device, not on {x.device}"
