@@ -21,15 +21,15 @@ from .roofline import epilogue_bytes, gradient_bytes
 from .timing import OURS, Case, Function, Tensors
 
 CALLS = 10
-SHAPES = [(128, 64, 32), (128, 128, 16), (128, 256, 8), (128, 512, 4), (64, 64, 56)]
-DTYPES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+SHAPES = [(128, 64, 32), (128, 512, 4), (64, 64, 56)]  # few, as each is compiled six times
+DTYPES = {torch.float32: 1e-5, torch.float16: 2e-3}
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 
 
 def cases(quick: bool, device: str) -> Iterator[Case]:
     """Epilogues alone, whole layers, and what is done to all layers at once."""
     for n, k, side in [(2, 5, 4)] if quick else SHAPES:
-        for dtype, limit in list(DTYPES.items())[: 1 if quick else 3]:
+        for dtype, limit in list(DTYPES.items())[: 1 if quick else 2]:
             for layout in LAYOUTS:
                 images = Images(n, k, side, dtype, layout, device)
                 yield images.forward(limit, quick)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Build, tests and benchmarks on a CUDA device, in one report: benchmarks/gpu.sh [REPORT]
-# Needs Python with torch for CUDA, nvcc of the same major version, and a C++ compiler.
+# Under 8 minutes. Needs Python with torch for CUDA, nvcc of the same major version, and a C++ compiler.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 report=$(realpath -m "${1:-out/gpu.md}")
@@ -32,14 +32,14 @@ export -f build
 export python venv
 
 printf '# mnp_fast on a CUDA device\n\n%s, %s.\n' "$(date -u +%F)" "$(git rev-parse --short HEAD)" >"$report"
-part "Device" 30 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv
-part "Build" 150 bash -c build
-part "What is used" 60 $venv/bin/mnp-fast info
-part "Tests" 150 $venv/bin/python -m pytest -m gpu -q
+part "Device" 15 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv
+part "Build" 120 bash -c build
+part "What is used" 20 $venv/bin/mnp-fast info
+part "Tests" 120 $venv/bin/python -m pytest -m gpu -q
 if command -v compute-sanitizer >/dev/null; then
-  part "Memory checks" 60 compute-sanitizer --error-exitcode 1 $venv/bin/python -m pytest -m gpu -q \
+  part "Memory checks" 45 compute-sanitizer --error-exitcode 1 $venv/bin/python -m pytest -m gpu -q \
     tests/gpu -k "affine and dtype0 or magnitude or update"
 fi
-part "Benchmarks" 240 $venv/bin/python -m benchmarks.run --device cuda --json "${report%.md}.json"
+part "Benchmarks" 150 $venv/bin/python -m benchmarks.run --device cuda --json "${report%.md}.json"
 echo "Report: $report"
 exit $failed

@@ -71,6 +71,10 @@ add_library(
   csrc/ops/cuda/neuron_magnitude.cpp
   csrc/ops/cuda/mask_update.cpp)
 use_torch(_cuda)
+# What torch has for CUDA is in a library that a torch without CUDA lacks; in both, this one names all
+# that there are.
+find_library(whole_torch torch PATHS ${torch_dir}/lib NO_DEFAULT_PATH REQUIRED)
+target_link_libraries(_cuda PRIVATE -Wl,--no-as-needed ${whole_torch})
 set_target_properties(_cuda PROPERTIES PREFIX "" SUFFIX .so CUDA_STANDARD 20
                                        CUDA_STANDARD_REQUIRED ON)
 target_compile_options(

@@ -48,7 +48,7 @@ def _load_cuda() -> str | None:
     try:
         torch.ops.load_library(library)
     except OSError as error:
-        return f"{library} cannot be loaded: {error}"
+        return f"{library} cannot be loaded: {error.__cause__ or error}"
     return None
 
 
