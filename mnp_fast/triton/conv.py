@@ -206,13 +206,15 @@ def _epilogue_backward(
     written = g if g is not None else dz
     if written is None and sums is None:
         return
-    images = (_flat(grad), *(None if t is None else _flat(t) for t in (y, u)))
+    grad, y, u = _flat(grad), None if y is None else _flat(y), None if u is None else _flat(u)
     batch, neurons, height, width = grad.shape
     grid = (batch * -(-height * width // _CHUNK), -(-neurons // _COLUMNS))
     _launch(
         kernels.epilogue_backward,
         grid,
-        *images,
+        grad,
+        y,
+        u,
         *(None if v is None else v.contiguous() for v in (mask, scale, shift)),
         g,
         dz,
@@ -220,9 +222,9 @@ def _epilogue_backward(
         batch,
         neurons,
         height * width,
-        *(stride for t in (*images, written) for stride in _flat_strides(t)),
+        *(stride for t in (grad, y, u, written) for stride in _flat_strides(t)),
         _mask_stride(mask),
-        WIDE=_wide(*images, g, dz, sums),
+        WIDE=_wide(grad, y, u, g, dz, sums),
         CHUNK=_CHUNK,
         ROWS=_ROWS,
         COLUMNS=_COLUMNS,
@@ -358,8 +360,8 @@ def _check(
     if reason is not None:
         _fail(reason)
     if x.dim() != 4 or weight.dim() != 4 or x.shape[1] != weight.shape[1]:
-        shapes = f"{tuple(x.shape)} and {tuple(weight.shape)}"
-        _fail(f"x must have shape (N, C, H, W) and weight (K, C, kh, kw), not {shapes}")
+        given = f"{tuple(x.shape)} and {tuple(weight.shape)}"
+        _fail(f"x must have shape (N, C, H, W) and weight (K, C, kh, kw), not {given}")
     for name, values, least in (
         ("stride", stride, 1),
         ("padding", padding, 0),
@@ -374,8 +376,8 @@ def _check(
         _fail(
             f"weight of shape {tuple(weight.shape)} does not fit into x of shape {tuple(x.shape)}"
         )
-    given = [("mask", mask), *zip(("scale", "shift", "bias"), vectors, strict=False)]
-    for name, vector in given:
+    named = zip(("mask", "scale", "shift", "bias"), (mask, *vectors), strict=False)
+    for name, vector in named:
         if vector is None:
             continue
         shapes = [sizes[1:2], sizes[:2]] if name == "mask" else [sizes[1:2]]

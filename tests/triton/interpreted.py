@@ -39,27 +39,32 @@ TUNERS = [*kernels.CONV_FORWARD.values(), *kernels.CONV_GRAD_INPUT.values()]
 
 
 class Guards:
-    """Hands out buffers full of NaN with margins of NaN, and looks at the margins again."""
+    """Puts tensors between margins, and looks at the margins again.
+
+    Margins of inputs are NaN, which reaches whatever is made of them; those of outputs are not, so
+    that a NaN stored there is seen. Outputs are NaN before they are written.
+    """
 
     def __init__(self) -> None:
-        self.buffers: list[tuple[Tensor, int]] = []
+        self.margins: list[tuple[Tensor, float]] = []
 
     def empty(self, like: Tensor, sizes: tuple[int, ...], dtype: torch.dtype, last: bool) -> Tensor:
         layout = torch.channels_last if last else torch.contiguous_format
-        return self.place(torch.full(sizes, torch.nan, dtype=dtype).to(memory_format=layout))
+        poisoned = torch.full(sizes, torch.nan, dtype=dtype).to(memory_format=layout)
+        return self.place(poisoned, margin=1024.0)
 
-    def place(self, t: Tensor) -> Tensor:
+    def place(self, t: Tensor, margin: float = torch.nan) -> Tensor:
         """A copy in a buffer of its own, with the same strides."""
         span = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
         span = span if t.numel() else 0
-        buffer = torch.full((span + 2 * MARGIN,), torch.nan, dtype=t.dtype)
-        self.buffers.append((buffer, span))
+        buffer = torch.full((span + 2 * MARGIN,), margin, dtype=t.dtype)
+        self.margins += [(buffer[:MARGIN], margin), (buffer[MARGIN + span :], margin)]
         return buffer.as_strided(t.shape, t.stride(), MARGIN).copy_(t)
 
     def check(self) -> None:
-        for buffer, span in self.buffers:
-            assert buffer[:MARGIN].isnan().all(), "a store in front of a buffer"
-            assert buffer[MARGIN + span :].isnan().all(), "a store behind a buffer"
+        for values, margin in self.margins:
+            whole = torch.full_like(values, margin)
+            assert torch.equal(values.nan_to_num(0.5), whole.nan_to_num(0.5)), "a store outside"
 
 
 def dot_of_values(builder, a, b, *others):
@@ -81,7 +86,8 @@ def guards(monkeypatch):
     monkeypatch.setattr(InterpreterBuilder, "create_dot", dot_of_values)
     guards = Guards()
     monkeypatch.setattr(conv, "_empty", guards.empty)
-    monkeypatch.setattr(conv, "_CHUNK", 32)  # several chunks even in small cases
+    monkeypatch.setattr(conv, "_CHUNK", 32)  # several chunks, of several steps, in small cases
+    monkeypatch.setattr(conv, "_ROWS", 16)
     for tuner in TUNERS:
         monkeypatch.setattr(tuner, "configs", [SMALL])
     yield guards
