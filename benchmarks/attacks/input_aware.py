@@ -24,7 +24,7 @@ from .surrogate import surrogate
 WIDTH = 16
 DENSITY = 0.05  # of the mask
 DENSITY_WEIGHT = 100.0  # the paper's weight of the mask's excess
-STEPS, BATCH, LR = 400, 64, 0.003
+STEPS, BATCH, LR = 300, 64, 0.003
 
 
 class Generator(nn.Module):
