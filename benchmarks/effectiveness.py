@@ -55,8 +55,8 @@ class Cell:
 def run_cell(cell: Cell, trained: Subject, store: Path, cells: Path) -> dict[str, Any]:
     """A cell's figures: accuracy, asr and robust accuracy before and after, in percent."""
     setting, (images, labels) = cell.setting, trained.data.clean
-    if cell.clean > len(labels):
-        raise ValueError(f"clean must be at most {len(labels)}, not {cell.clean}")
+    if not 2 <= cell.clean <= len(labels):
+        raise ValueError(f"clean must be between 2 and {len(labels)}, not {cell.clean}")
     figures: dict[str, Any] = {"cell": asdict(cell), "before": trained.figures}
     try:
         outcome = run_blind(
@@ -108,7 +108,10 @@ def main(
     defenses: Annotated[
         str, typer.Option(help="Names or groups (peers, ablation, sensitivity), ; between.")
     ] = f"{OURS};peers",
-    clean: Annotated[str, typer.Option(help="Numbers of clean images, commas between.")] = "100",
+    clean: Annotated[
+        str,
+        typer.Option(help="Numbers of clean images; 18,90,180: 1, 5, 10 % of digits."),
+    ] = "100",
     arch: Annotated[str, typer.Option(help="As in benchmarks.population.")] = "resnet18",
     width: Annotated[int, typer.Option(help="Channels of the stem.")] = 8,
     size: Annotated[int, typer.Option(help="Pixels a side.")] = 16,

@@ -26,12 +26,14 @@ HEAD = f"""# What defenses leave of attacks
 Printed by `python -m benchmarks.effectiveness --page` from the figures that the command without
 `--page` stores. All in percent of held-back images: accuracy (ACC), attack success rate (ASR:
 images of other classes that the trigger sends to the attacker's class), robust accuracy (triggered
-images given their own class). Seconds are of processor time. Mean over seeds, and the standard
+images given their own class). Seconds are of processor time. Means over models, and the standard
 deviation where there are several.
 
 - An attack *took* if its ASR is at least {TOOK:g} % and its accuracy within {COST:g} points of the
-  clean model's. Averages are over models on which it took; the others are in the tables.
-- Defenses get the model, the clean images and a seed, in a process that cannot open anything else.
+  clean model's. Each section's first table is over models on which it took, as many as it says;
+  the others are in the tables below it.
+- Defenses get the model, the clean images and a seed, in a process of their own that is given
+  nothing else.
 - `+rule`: the peer's order of neurons, cut by the rule of `mnp_fast.defend`. Without it, the peer's
   published cut.
 """
@@ -101,7 +103,7 @@ def _summary(found: list[CellFigures]) -> str:
             ]
         )
     head = ["defense", "models", "ACC lost", "ASR", "highest ASR", "robust ACC"]
-    return _table([*head, "ACC lost of clean models", "neurons pruned (%)", "s"], rows)
+    return _table([*head, "ACC lost of clean models", "neurons pruned (%)", "seconds"], rows)
 
 
 def _models(found: list[CellFigures]) -> str:
@@ -135,7 +137,7 @@ def _details(found: list[CellFigures]) -> str:
         ]
         cut = _mean(cell["pruned"] for cell in cells)
         rows.append([attack, name, *columns, cut, _mean(cell["s"] for cell in cells)])
-    text = _table(["attack", "defense", "ACC", "ASR", "robust ACC", "pruned", "s"], rows)
+    text = _table(["attack", "defense", "ACC", "ASR", "robust ACC", "pruned", "seconds"], rows)
     for figures in found:
         if "error" in figures:
             seed = figures["cell"]["setting"]["seed"]

@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .clp import standard
-from .norms import Scores, cut, norms, outliers
+from .norms import Scores, cut, norms, outliers, standard
 
 DEVIATIONS = 3.0
 BIAS = False

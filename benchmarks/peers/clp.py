@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mnp_fast.dataflow import data_flow
 
-from .norms import Scores, cut, norms, outliers
+from .norms import Scores, cut, norms, outliers, standard
 
 DEVIATIONS = 3.0
 BIAS = True
@@ -38,8 +38,3 @@ def scores(model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> Score
 def defend(model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> nn.Module:
     """Prune outliers of each layer, bias included."""
     return cut(model, outliers(scores(model, images, labels, seed), DEVIATIONS), BIAS)
-
-
-def standard(values: Tensor) -> Tensor:
-    """Shifted and scaled to mean 0 and standard deviation 1."""
-    return (values - values.mean()) / values.std().clamp(min=torch.finfo(values.dtype).tiny)

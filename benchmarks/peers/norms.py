@@ -61,6 +61,11 @@ def outliers(scores: Scores, deviations: float) -> Scores:
     return {name: score < score.mean() - deviations * score.std() for name, score in scores.items()}
 
 
+def standard(values: Tensor) -> Tensor:
+    """Shifted and scaled to mean 0 and standard deviation 1."""
+    return (values - values.mean()) / values.std().clamp(min=torch.finfo(values.dtype).tiny)
+
+
 def epochs(
     images: Tensor, labels: Tensor, size: int, seed: int
 ) -> Iterator[list[tuple[Tensor, Tensor]]]:
