@@ -31,7 +31,7 @@ deviation where there are several.
 
 - An attack *took* if its ASR is at least {TOOK:g} % and its accuracy within {COST:g} points of the
   clean model's. Each section's first table is over models on which it took, as many as it says;
-  the others are in the tables below it.
+  the others are in the tables below it. Averages compare where these numbers are equal.
 - Defenses get the model, the clean images and a seed, in a process of their own that is given
   nothing else.
 - `+rule`: the peer's order of neurons, cut by the rule of `mnp_fast.defend`. Without it, the peer's
@@ -155,7 +155,9 @@ def _picture(found: list[CellFigures]) -> Figure:
             asr = [cell["after"]["asr"] for cell in cells if _attack(cell) == name]
             if asr:
                 values[row, column] = statistics.mean(asr)
-    figure = Figure(figsize=(2.2 + 0.75 * values.shape[1], 1.6 + 0.3 * len(grouped)), dpi=150)
+    names = 0.09 * max(map(len, grouped), default=0)
+    size = (1.5 + names + 0.75 * values.shape[1], 1.6 + 0.3 * len(grouped))
+    figure = Figure(figsize=size, dpi=150)
     FigureCanvasAgg(figure)
     figure.set_layout_engine("constrained")
     axes = figure.subplots()
