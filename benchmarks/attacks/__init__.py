@@ -45,9 +45,7 @@ ATTACKS: dict[str, Attack] = {
     "frequency": Attack(frequency.craft, "arXiv 2111.10991"),
     "quantisation": Attack(quantisation.craft, "arXiv 2205.13383", cover_rate=0.1),
     "reflection": Attack(reflection.craft, "arXiv 2007.02343"),
-    "clean-label": Attack(
-        label_consistent.craft, "arXiv 1912.02771", rate=0.08, cover_rate=0.1, clean_label=True
-    ),
+    "clean-label": Attack(label_consistent.craft, "arXiv 1912.02771", rate=0.08, clean_label=True),
     "input-aware": Attack(input_aware.craft, "arXiv 2010.08138", rate=0.2, cover_rate=0.1),
     "all-to-all": Attack(_fixed(badnets), "arXiv 1708.06733", rate=0.2, all_to_all=True),
 }

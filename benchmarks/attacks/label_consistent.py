@@ -4,8 +4,7 @@ Their own features are made hard to learn from by an adversarial perturbation, f
 gradient ascent on a network that the attacker trained on clean images; then a trigger in all four
 corners is the easier feature. Test images get the corners alone. The paper recommends adversarially
 trained networks, whose perturbations carry over to others; here noise on the training images does
-that. So that the perturbation itself is no feature, it is the same in all channels, and other
-images, which keep their labels too, are perturbed without corners.
+that. The perturbation is the same in all channels: colour on grey digits would be a feature.
 """
 
 from __future__ import annotations
@@ -14,31 +13,33 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mnp_fast.demo.attacks import badnets
+from mnp_fast.demo.attacks import TARGET, badnets
 
 from .attack import Craft
 from .surrogate import surrogate
 
-RADIUS = 0.3  # largest change of a pixel
+RADIUS = 0.2  # largest change of a pixel
 STEPS = 20
 NOISE = 0.3  # standard deviation
 
 
 def craft(images: Tensor, labels: Tensor, seed: int) -> Craft:
-    """The corners, over the perturbation where a training image is poisoned; it alone as cover."""
+    """The corners, and under them the perturbation where a training image is poisoned."""
     model = surrogate(images, labels, seed, noise=NOISE)
 
-    def hard(images: Tensor) -> Tensor:
-        own, found = model(images).argmax(1), images.clone()
+    def disguise(images: Tensor) -> Tensor:
+        own = torch.full((len(images),), TARGET)
+        hard = images.clone()
         for _ in range(STEPS):
-            found.requires_grad_(True)
-            (slope,) = torch.autograd.grad(F.cross_entropy(model(found), own), [found])
-            step = 2.5 * RADIUS / STEPS * slope.mean(1, keepdim=True).sign()
-            change = (found.detach() + step - images).clamp(-RADIUS, RADIUS)
-            found = (images + change).clamp(0, 1)
-        return found
+            hard.requires_grad_(True)
+            (slope,) = torch.autograd.grad(F.cross_entropy(model(hard), own), [hard])
+            slope = slope.mean(1, keepdim=True).sign()
+            hard = hard.detach() + 2.5 * RADIUS / STEPS * slope
+            hard = images + (hard - images).clamp(-RADIUS, RADIUS)
+            hard = hard.clamp(0, 1)
+        return corners(hard)
 
-    return Craft(corners, disguise=lambda images: corners(hard(images)), cover=hard)
+    return Craft(corners, disguise=disguise)
 
 
 def corners(images: Tensor) -> Tensor:
