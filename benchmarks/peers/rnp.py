@@ -3,8 +3,9 @@
 The clean loss is maximised until the clean accuracy is at most 20 %; then masks of the norms are
 fitted to undo that. Backdoor neurons, which the unlearning leaves alone, get low masks. Batch norm
 is in train mode throughout, as in the public code. It prints a sweep of thresholds beside the
-attack's success and publishes no threshold; 0.3 is the last one in its example's log. Lengths are in
-epochs of its 500 images: with 100 they are a quarter of the steps, and unlearning may stop short.
+attack's success and publishes no threshold; 0.3 is the last one in its example's log. Lengths are
+in epochs of its 500 images: with 100 they are a quarter of the steps, and unlearning may stop
+short.
 """
 
 from __future__ import annotations
