@@ -5,31 +5,19 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from typer import Typer
-from typer.testing import CliRunner
 
 import mnp_fast
 from benchmarks import chart, communication, cuda, layers, machine, roofline, run, scaling, zoo
 from benchmarks.timing import OURS, Case, measure
 from mnp_fast.demo.resnet import ResNet18
 
+from .commands import call
 from .models import randomize
 
 SUITES = [suite.value for suite in run.Suite]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def call(command, *arguments):
-    app = Typer()
-    app.command()(command)
-    return CliRunner().invoke(app, list(map(str, arguments)))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("suite", SUITES)

@@ -117,7 +117,9 @@ def test_digits_depend_on_the_seed_alone():
         assert torch.equal(images, again)
         assert torch.equal(labels, same)
         assert not torch.equal(labels, other)
-    assert load_digits(0, size=9).clean[0].shape == (100, 3, 9, 9)
+    more = load_digits(0, size=9, clean=180)
+    assert more.clean[0].shape == (180, 3, 9, 9)
+    assert [len(more.train[1]), len(more.test[1])] == [1117, 500]
 
 
 class FirstPixel(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-TRAIN, CLEAN, TEST = 1197, 100, 500
+CLEAN, TEST = 100, 500
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,11 @@ class Digits:
     test: tuple[Tensor, Tensor]
 
 
-def load_digits(seed: int, size: int = 16) -> Digits:
-    """Shuffle the digits by `seed`, resize them bilinearly to `size` pixels and split them."""
+def load_digits(seed: int, size: int = 16, clean: int = CLEAN) -> Digits:
+    """Shuffle the digits by `seed`, resize them bilinearly to `size` pixels and split them.
+
+    `clean` go to the defender and 500 to the test; the rest is for training.
+    """
     from sklearn.datasets import load_digits as sklearn_digits
 
     raw = sklearn_digits()
@@ -34,7 +37,6 @@ def load_digits(seed: int, size: int = 16) -> Digits:
     images = images.expand(-1, 3, -1, -1)
     labels = torch.tensor(raw.target, dtype=torch.int64)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    parts = [
-        (images[part].contiguous(), labels[part]) for part in order.split([TRAIN, CLEAN, TEST])
-    ]
+    sizes = [len(labels) - clean - TEST, clean, TEST]
+    parts = [(images[part].contiguous(), labels[part]) for part in order.split(sizes)]
     return Digits(*parts)

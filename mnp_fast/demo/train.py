@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,12 @@ def train(
     batch_size: int = 64,
     lr: float = 0.1,
     seed: int = 0,
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
 ) -> Iterator[float]:
     """Train in place, an epoch for every item taken; yields the epoch's mean loss in nats.
 
-    SGD with Nesterov momentum 0.9, weight decay 5e-4 and a one-cycle schedule.
+    SGD with Nesterov momentum 0.9, weight decay 5e-4 and a one-cycle schedule. `augment` changes
+    each batch of images at random.
     """
     optimizer = torch.optim.SGD(
         model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4, nesterov=True
@@ -35,7 +37,8 @@ def train(
         total = 0.0
         model.train()
         for batch in torch.randperm(len(images), generator=generator).split(batch_size):
-            loss = F.cross_entropy(model(images[batch]), labels[batch])
+            inputs = images[batch] if augment is None else augment(images[batch], generator)
+            loss = F.cross_entropy(model(inputs), labels[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

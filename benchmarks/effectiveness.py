@@ -1,0 +1,160 @@
+"""What each defense leaves of each attack: run what is missing, write a page and a picture.
+
+python -m benchmarks.effectiveness --quick               # few cells, few epochs: minutes
+python -m benchmarks.effectiveness --seeds 0,1,2         # all attacks, ours and all peers
+python -m benchmarks.effectiveness --defenses "mnp;ablation;sensitivity" --clean 18
+python -m benchmarks.effectiveness --page                # from the stored figures alone
+
+A cell is one model under one defense with so many clean images. Its figures are stored at once;
+interrupted, or stopped by `--minutes`, the same command goes on with the next cell.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor, nn
+
+from mnp_fast.io import atomic_path, ensure_writable
+
+from .attacks import ATTACKS
+from .blind import run_blind
+from .defenses import OURS, defense, names
+from .effectiveness_page import write_page
+from .population import PAPER, STORE, Setting, Subject, measure, settings, subject
+
+ROOT = Path(__file__).parent.parent
+CELLS = ROOT / "docs" / "results" / "effectiveness"
+PAGE = ROOT / "docs" / "effectiveness.md"
+QUICK_ATTACKS, QUICK_DEFENSES, QUICK_EPOCHS = "badnets,blend", f"{OURS};clp;fine-tuning", 8
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model, one defense, and how many clean images it gets."""
+
+    setting: Setting
+    defense: str
+    clean: int
+
+    def file(self, cells: Path) -> Path:
+        """Where the cell's figures are stored."""
+        name = self.defense.replace(":", "_").replace(",", "_")
+        return cells / self.setting.key / f"{name}-{self.clean}.json"
+
+
+def run_cell(cell: Cell, trained: Subject, store: Path, cells: Path) -> dict[str, Any]:
+    """A cell's figures: accuracy, asr and robust accuracy before and after, in percent."""
+    setting, (images, labels) = cell.setting, trained.data.clean
+    if not 2 <= cell.clean <= len(labels):
+        raise ValueError(f"clean must be between 2 and {len(labels)}, not {cell.clean}")
+    figures: dict[str, Any] = {"cell": asdict(cell), "before": trained.figures}
+    try:
+        outcome = run_blind(
+            cell.defense,
+            trained.model,
+            (setting.arch, setting.width),
+            (images[: cell.clean], labels[: cell.clean]),
+            setting.seed,
+            hidden=[store, cells],
+        )
+    except RuntimeError as error:
+        return {**figures, "error": str(error)}
+    after = measure(outcome.model, setting, trained.trigger, trained.data)
+    cut, neurons = pruned(trained.model, outcome.model)
+    return {**figures, "after": after, "pruned": cut, "neurons": neurons, "s": outcome.seconds}
+
+
+@torch.no_grad()
+def pruned(before: nn.Module, after: nn.Module) -> tuple[int, int]:
+    """Channels whose norm's weight, or whose filter, has become zero; and all channels of norms."""
+    was, now = (_dead(model) for model in (before, after))
+    total = sum(len(m.weight) for m in before.modules() if isinstance(m, nn.BatchNorm2d))
+    return int((now & ~was).sum()), total
+
+
+def _dead(model: nn.Module) -> Tensor:
+    """For each channel of each norm and convolution, whether its weights are all zero."""
+    layers = [m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.Conv2d))]
+    return torch.cat([(m.weight.reshape(len(m.weight), -1) == 0).all(1) for m in layers])
+
+
+def wanted(
+    attacks: list[str],
+    seeds: list[int],
+    defenses: list[str],
+    clean: list[int],
+    options: dict[str, Any],
+) -> Iterator[Cell]:
+    """All cells, those of a model together; clean models too, which a defense should leave."""
+    for setting in settings(attacks, seeds, options):
+        for name, count in product(defenses, clean):
+            yield Cell(setting, name, count)
+
+
+def main(
+    quick: Annotated[bool, typer.Option(help="A look: two attacks, three defenses.")] = False,
+    attacks: Annotated[str, typer.Option(help="Names with commas between.")] = ",".join(ATTACKS),
+    seeds: Annotated[str, typer.Option(help="Numbers with commas between.")] = "0",
+    defenses: Annotated[
+        str, typer.Option(help="Names or groups (peers, ablation, sensitivity), ; between.")
+    ] = f"{OURS};peers",
+    clean: Annotated[
+        str,
+        typer.Option(help="Numbers of clean images; 18,90,180: 1, 5, 10 % of digits."),
+    ] = "100",
+    arch: Annotated[str, typer.Option(help="As in benchmarks.population.")] = "resnet18",
+    width: Annotated[int, typer.Option(help="Channels of the stem.")] = 8,
+    size: Annotated[int, typer.Option(help="Pixels a side.")] = 16,
+    epochs: Annotated[int, typer.Option(help="Of the models' training.")] = 20,
+    paper: Annotated[bool, typer.Option(help="CIFAR-10, ResNet-18, width 64.")] = False,
+    data: Annotated[Optional[Path], typer.Option(help="CIFAR-10, binary version.")] = None,  # noqa: UP045
+    minutes: Annotated[float, typer.Option(help="Start no cell after so long.")] = 55,
+    page: Annotated[bool, typer.Option(help="Only write the page.")] = False,
+    store: Annotated[Path, typer.Option(help="Folder of models.")] = STORE,
+    cells: Annotated[Path, typer.Option(help="Folder of figures.")] = CELLS,
+    out: Annotated[Path, typer.Option(help="Page to write; its picture goes beside.")] = PAGE,
+) -> None:
+    """Run the cells that have no figures, and write the page."""
+    start, console = time.monotonic(), Console(stderr=True)
+    options = PAPER if paper else {"arch": arch, "width": width, "size": size, "epochs": epochs}
+    if quick:
+        attacks, defenses = QUICK_ATTACKS, QUICK_DEFENSES
+        options = {**options, "epochs": QUICK_EPOCHS}
+    chosen, left = names(defenses), 0
+    for name in chosen:
+        defense(name)  # a wrong name is found before any work
+    numbers = [list(map(int, text.split(","))) for text in (seeds, clean)]
+    trained: Subject | None = None
+    for cell in wanted(attacks.split(","), numbers[0], chosen, numbers[1], options):
+        file = cell.file(cells)
+        if page or file.exists():
+            continue
+        if time.monotonic() - start > 60 * minutes:
+            left += 1
+            continue
+        if trained is None or trained.setting != cell.setting:
+            trained = subject(cell.setting, data, store)
+        console.print(f"{cell.setting.key}  {cell.defense}  {cell.clean} clean", end="")
+        figures = run_cell(cell, trained, store, cells)
+        after = [f"{key} {value:.1f}" for key, value in figures.get("after", {}).items()]
+        console.print("  ", ", ".join(after) or figures["error"])
+        ensure_writable(file.parent)
+        with atomic_path(file) as path:
+            path.write_text(json.dumps(figures, indent=1) + "\n")
+    if left:
+        console.print(f"{left} cells are left: repeat the command to go on")
+    typer.echo(write_page(cells, out))
+
+
+if __name__ == "__main__":
+    typer.run(main)
