@@ -148,7 +148,7 @@ struct EpilogueGrad {
   T* sums;           // [3][batch][neurons]
 };
 
-enum class Norm : int { l1, l2, linf };
+enum class Norm : int { l1, l2, linf, spectral };
 enum class Element : int { f32, f64, f16, bf16 };
 
 // One row of weights a neuron.
@@ -157,7 +157,8 @@ struct NeuronRows {
   Element element;
   int64_t size, stride;  // elements of a row, and from one row to the next
   Norm norm;
-  void* norms;  // of the rows; double for f64, else float
+  void* norms;      // of the rows; double for f64, else float
+  int64_t columns;  // spectral: of a row as a row-major matrix, f32 or f64
 };
 
 template <class T>
@@ -247,8 +248,9 @@ struct KernelTable {
   const char* name;
   Kernels<float> f32;
   Kernels<double> f64;
-  // Rows [begin, end).
-  void (*magnitude)(const NeuronRows&, int64_t begin, int64_t end);
+  // Rows [begin, end). The scratch has as many bytes as `magnitude_scratch` says.
+  void (*magnitude)(const NeuronRows&, int64_t begin, int64_t end, void* scratch);
+  int64_t (*magnitude_scratch)(const NeuronRows&);
 };
 
 }  // namespace mnp::cpu
