@@ -9,17 +9,20 @@ from .frozen import frozen_weights
 from .info import build_info
 from .memory import memory_budget, set_memory_budget
 from .result import DefenseResult
+from .stats import NeuronStats, neuron_stats
 from .wrap import masks, unwrap, wrap
 
 __all__ = [
     "DefenseConfig",
     "DefenseResult",
+    "NeuronStats",
     "build_info",
     "compact",
     "defend",
     "frozen_weights",
     "masks",
     "memory_budget",
+    "neuron_stats",
     "ops",
     "reference",
     "set_memory_budget",

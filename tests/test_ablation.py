@@ -267,6 +267,11 @@ def test_progress_is_shown():
         (lambda m: (m.train(), {}), "masked must be in eval mode"),
         (lambda m: (m, {"batch_size": 0}), "batch_size must be at least 1, not 0"),
         (lambda m: (m, {"precision": 0.0}), "precision must be positive and finite, not 0.0"),
+        (
+            lambda m: (m, {"neurons": {"conv": torch.tensor([0, 5])}}),
+            "'conv' has 5 neurons.* 0 to 5",
+        ),
+        (lambda m: (m, {"neurons": {"fc": torch.tensor([1])}}), "'fc' has 0 neurons"),
     ],
 )
 def test_bad_input_is_named(spoil, message):

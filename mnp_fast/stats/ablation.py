@@ -89,6 +89,13 @@ def ablation(
     check_wrapped(masked, batch_size)
     if precision is not None and not 0 < precision < math.inf:
         raise ValueError(f"precision must be positive and finite, not {precision}")
+    for name, chosen in (neurons or {}).items():
+        count = len(masks(masked).get(name, ()))
+        if ((chosen < 0) | (chosen >= count)).any():
+            raise ValueError(
+                f"neurons: layer {name!r} has {count} neurons, indices must be below that and not "
+                f"negative; got {int(chosen.min())} to {int(chosen.max())}"
+            )
     run = _Ablation(masked, data, batch_size, precision, neurons, seed, checkpoint)
     with torch.no_grad(), frozen_weights(masked):
         return run(console)
@@ -107,7 +114,8 @@ class _Ablation:
     ) -> None:
         self.masked, self.data, self.precision = masked, data, precision
         every = {name: torch.arange(len(mask)) for name, mask in masks(masked).items()}
-        self.chosen = {name: (neurons or every).get(name, every[name][:0]) for name in every}
+        chosen = every if neurons is None else neurons
+        self.chosen = {name: chosen.get(name, every[name][:0]) for name in every}
         order = torch.arange(len(data))
         if precision is not None:
             order = torch.randperm(

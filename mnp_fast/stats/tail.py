@@ -92,7 +92,6 @@ class Tail:
             raise ValueError("the model takes more than one input")
         self.images = inputs[0]
         [self.logits] = self.nodes[-1].args
-        self.order = {node: i for i, node in enumerate(self.nodes)}
         self.facts, self.batch_facts = _facts(self.nodes)
         # What is made from the images, facts such as sizes left out, has the samples first.
         self.has_samples: set[fx.Node] = {self.images}
@@ -233,6 +232,7 @@ class Tail:
         return layer.terms().bias
 
     def parts(self, node: fx.Node) -> tuple[Any, Any]:
+        """A block's convolution and norm; None for one that it does not have."""
         conv, norm = (
             self.modules[str(part.target)] if isinstance(part, fx.Node) else None
             for part in node.args[:2]
@@ -252,7 +252,9 @@ class Tail:
         if not self.batch_facts.isdisjoint(node.all_input_nodes):
             return None  # a batch of pairs has another size
         if node.target is run_block:
-            return _block if x.dim() == 4 else None
+            residual = node.args[3]
+            images = not isinstance(residual, fx.Node) or isinstance(known[residual], Tensor)
+            return _block if x.dim() == 4 and images else None
         if kind in RELUS or (kind in ELEMENTWISE and kind is not nn.PReLU) or kind in _KEEP:
             return _each_channel
         if kind is nn.PReLU:
