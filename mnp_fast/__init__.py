@@ -5,6 +5,7 @@ from . import ops, reference
 from .compact import compact
 from .config import DefenseConfig
 from .defend import defend
+from .detection import Detection, detect
 from .frozen import frozen_weights
 from .info import build_info
 from .memory import memory_budget, set_memory_budget
@@ -15,10 +16,12 @@ from .wrap import masks, unwrap, wrap
 __all__ = [
     "DefenseConfig",
     "DefenseResult",
+    "Detection",
     "NeuronStats",
     "build_info",
     "compact",
     "defend",
+    "detect",
     "frozen_weights",
     "masks",
     "memory_budget",
