@@ -26,6 +26,7 @@ from .stats.correlation import Array, spearman
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
     from .result import DefenseResult
@@ -49,7 +50,7 @@ def by_layer(
     xlabel: str = "Magnitude (l1 norm)",
     ylabel: str = "Saliency",
 ) -> Figure:
-    """Saliency against magnitude, a panel a layer, both logarithmic.
+    """Saliency against magnitude, a panel a layer; logarithmic where they span a decade.
 
     Parameters
     ----------
@@ -86,14 +87,8 @@ def by_layer(
         axes.scatter(
             x[ringed], y[ringed], s=42, facecolors="none", edgecolors=PRUNED, linewidths=0.9
         )
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_locator(LogLocator(numticks=4))
-        if x.max() < 30 * x.min():  # magnitudes of a layer often lie within a decade
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=5))
-            axes.xaxis.set_major_formatter("{x:g}")
+        _scale(axes, axes.xaxis, x)
+        _scale(axes, axes.yaxis, y)
         axes.tick_params(labelsize=7, pad=1)
         axes.set_title(_short(layer), fontsize=8, loc="left", color=INK, pad=3)
     figure.supxlabel(xlabel, fontsize=9.5, color=MUTED)
@@ -243,6 +238,17 @@ def _shown(layers: list[str], marked: Mapping[str, list[int]]) -> list[str]:
     while len(chosen) > LAYERS:
         chosen.discard(spare.pop(len(spare) // 2))
     return [layer for layer in layers if layer in chosen]
+
+
+def _scale(axes: Axes, axis: Axis, values: Floats) -> None:
+    """Logarithmic, unless the values lie within a decade; few ticks."""
+    if values.max() < 10 * values.min():
+        axis.set_major_locator(MaxNLocator(4))
+        return
+    set_scale = axes.set_xscale if axis is axes.xaxis else axes.set_yscale
+    set_scale("log")
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_locator(LogLocator(numticks=4))
 
 
 def _on_log(values: Floats) -> Floats:
