@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from sklearn.metrics import roc_auc_score
 from torch import nn
 
 import mnp_fast
@@ -299,6 +300,17 @@ def test_an_interrupted_benchmark_goes_on(population):
         call(benchmark.main, *options)
         assert len(measured) == count
     assert len({member.name for member in measured}) == 14
+
+
+def test_auroc_is_that_of_scikit_learn():
+    generator = np.random.default_rng(0)
+    clean, attacked = generator.normal(size=9).round(1), generator.normal(1, 1, 14).round(1)
+    value, low, high = benchmark.auroc(clean, attacked)
+    labels = np.repeat([0, 1], [9, 14])
+    expected = roc_auc_score(labels, np.concatenate([clean, attacked]))
+    assert value == pytest.approx(expected)
+    assert low < value < high
+    assert np.isnan(benchmark.auroc(clean, attacked[:0])).all()
 
 
 def test_members_are_split_by_seed():
