@@ -86,11 +86,12 @@ def main(
             measured.append(_read(member, file))
     calibration_half = [m for m in measured if not m.member.is_test]
     test_half = [m for m in measured if m.member.is_test]
-    kinds = {m.is_clean for m in calibration_half}
-    if sum(m.is_clean for m in calibration_half) < FEWEST or kinds != {True, False}:
+    clean_count = sum(m.is_clean for m in calibration_half)
+    attacked_seeds = {m.member.seed for m in calibration_half if not m.is_clean}
+    if clean_count < FEWEST or len(attacked_seeds) < 2:
         raise typer.BadParameter(
-            f"{len(calibration_half)} models to calibrate on: at least {FEWEST} clean ones and an "
-            "attacked one are needed; use --run"
+            f"{len(calibration_half)} models to calibrate on: at least {FEWEST} clean ones and "
+            "attacked ones of two seeds are needed; use --run"
         )
     calibration = fit(calibration_half, config)
     show(console, calibration, calibration_half, test_half)
