@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from mnp_fast import wrap
 from mnp_fast.stats import magnitudes
 from mnp_fast.wrap import masked_layers
 
-from . import saliency
+from . import ablation, saliency
 from .networks import network
 from .timing import OURS, Case, Tensors
 
@@ -23,7 +24,9 @@ COPY = "copy of the same bytes"  # read and written, as STREAM counts
 def cases(quick: bool) -> Iterator[Case]:
     """Every statistic on the standard ResNet-18."""
     yield magnitude(8 if quick else 64)
+    yield spectral(8 if quick else 64)
     yield from saliency.cases(quick)
+    yield from ablation.cases(quick)
 
 
 def magnitude(width: int) -> Case:
@@ -56,4 +59,39 @@ def magnitude(width: int) -> Case:
         bounds=frozenset({COPY}),
         work={LOOP: size, NORM: size, COPY: 2 * size, OURS: size},
         unit="B",
+    )
+
+
+def spectral(width: int) -> Case:
+    """Channel Lipschitz constants, beside one decomposition a channel and one a layer."""
+    model = network(width)
+    masked = wrap(model)
+    layers = [
+        (masked.get_submodule(layer.weight_owner), masked.get_submodule(name))
+        for name, layer in masked_layers(masked).items()
+    ]
+
+    def filters(conv: Any, norm: Any) -> Tensor:
+        scale = (norm.weight / norm.running_var.sqrt()).abs()
+        weights: Tensor = (conv.weight * scale[:, None, None, None]).detach()
+        return weights.flatten(2)
+
+    def each_channel() -> Tensors:
+        return tuple(
+            torch.stack([torch.svd(channel)[1].max() for channel in filters(*layer)])
+            for layer in layers
+        )
+
+    def each_layer() -> Tensors:
+        return tuple(torch.linalg.svdvals(filters(*layer))[:, 0] for layer in layers)
+
+    return Case(
+        f"spectral norms (CLP's score), ResNet-18 width {width}",
+        {
+            "torch.svd, a channel each": each_channel,
+            "torch svdvals, a layer each": each_layer,
+            OURS: lambda: tuple(magnitudes(masked, "spectral").values()),
+        },
+        tuple(torch.linalg.svdvals(filters(*layer).double())[:, 0] for layer in layers),
+        heavy=width >= 64,
     )

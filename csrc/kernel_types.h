@@ -12,7 +12,7 @@ struct NeuronLayout {
   bool channels_last;
 };
 
-enum class Norm : int { l1, l2, linf };
+enum class Norm : int { l1, l2, linf, spectral };
 enum class Element : int { f32, f64, f16, bf16 };
 
 }  // namespace mnp

@@ -1,4 +1,4 @@
-"""The command line: `mnp-fast demo`, `defend`, `info`."""
+"""The command line: `mnp-fast demo`, `defend`, `detect`, `stats`, `info`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from rich.console import Console
@@ -15,6 +15,9 @@ from rich.table import Table
 
 from .config import DefenseConfig
 from .distributed import Processes, launched
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 app = typer.Typer(
     help="Find and remove the neurons that carry a backdoor, from a small clean set.",
@@ -26,6 +29,7 @@ console = Console()
 errors = Console(stderr=True)
 
 INTERRUPTED = 130
+LIKELY = 3  # `detect` found a backdoor
 
 
 @contextmanager
@@ -90,44 +94,89 @@ def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
         raise ValueError(f"{option} must be numbers with commas between, not {text!r}") from None
 
 
+Data = Annotated[
+    Path,
+    typer.Option(
+        help="Clean images: a folder with one subfolder a class, an .npz with images "
+        "(N, C, H, W) and labels, or a folder with CIFAR-10's python batches."
+    ),
+]
+# Optional[...]: Typer evaluates it on Python 3.10.
+Model = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="module:factory or file.py:factory, called without arguments."),
+]
+Weights = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--checkpoint", help="The factory's weights: safetensors, or torch's format."),
+]
+Exported = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="A torch.export archive, instead of --model and --checkpoint."),
+]
+Mean = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Mean of each channel that the model expects removed, as 0.5,0.5,0.5."),
+]
+Std = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Standard deviation of each channel to divide by."),
+]
+ImageSize = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=1, help="Resize the images of a folder to this many pixels."),
+]
+Samples = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=2, help="Use this many images, drawn by the seed; all by default."),
+]
+
+
+def _check_source(model: str | None, checkpoint: Path | None, exported: Path | None) -> None:
+    if (exported is None) == (model is None) or (model is None) != (checkpoint is None):
+        raise ValueError("give either --model with --checkpoint, or --exported")
+
+
+def _network(model: str | None, checkpoint: Path | None, exported: Path | None) -> nn.Module:
+    from . import io
+
+    if exported is not None:
+        return io.load_exported(exported)
+    assert model is not None
+    assert checkpoint is not None
+    return io.build_model(model, checkpoint)
+
+
+def _clean_data(
+    data: Path,
+    image_size: int | None,
+    mean: str | None,
+    std: str | None,
+    samples: int | None,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    from . import io
+    from .data import CleanSet
+
+    images, labels = io.load_clean_data(
+        data, image_size=image_size, mean=_numbers(mean, "--mean"), std=_numbers(std, "--std")
+    )
+    if samples is not None and samples < len(labels):
+        images, labels = CleanSet(images, labels).batches(samples, seed)[0]
+    return images, labels
+
+
 @app.command()
 def defend(
-    data: Annotated[
-        Path,
-        typer.Option(
-            help="Clean images: a folder with one subfolder a class, an .npz with images "
-            "(N, C, H, W) and labels, or a folder with CIFAR-10's python batches."
-        ),
-    ],
+    data: Data,
     out: Annotated[Path, typer.Option(help="Folder for the purified weights and the report.")],
-    model: Annotated[
-        Optional[str],  # noqa: UP045 (Typer evaluates it on Python 3.10)
-        typer.Option(help="module:factory or file.py:factory, called without arguments."),
-    ] = None,
-    checkpoint: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="The factory's weights: safetensors, or torch's format."),
-    ] = None,
-    exported: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="A torch.export archive, instead of --model and --checkpoint."),
-    ] = None,
-    mean: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Mean of each channel that the model expects removed, as 0.5,0.5,0.5."),
-    ] = None,
-    std: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Standard deviation of each channel to divide by."),
-    ] = None,
-    image_size: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Resize the images of a folder to this many pixels."),
-    ] = None,
-    samples: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=2, help="Use this many images, drawn by the seed; all by default."),
-    ] = None,
+    model: Model = None,
+    checkpoint: Weights = None,
+    exported: Exported = None,
+    mean: Mean = None,
+    std: Std = None,
+    image_size: ImageSize = None,
+    samples: Samples = None,
     settings: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option("--set", help="A setting of DefenseConfig, as name=value; repeatable."),
@@ -143,34 +192,20 @@ def defend(
     resume_file = out / "checkpoint.pt"
     with _reported(resume_file), launched() as group:
         from . import io
-        from .data import CleanSet
         from .defend import defend as run_defense
         from .report import write_report
 
-        if (exported is None) == (model is None) or (model is None) != (checkpoint is None):
-            raise ValueError("give either --model with --checkpoint, or --exported")
+        _check_source(model, checkpoint, exported)
         config = DefenseConfig(**_settings(settings or []))
         first = Processes(group).rank == 0  # the only one that writes
         if first:
             io.ensure_writable(out)
-        images, labels = io.load_clean_data(
-            data,
-            image_size=image_size,
-            mean=_numbers(mean, "--mean"),
-            std=_numbers(std, "--std"),
-        )
-        if samples is not None and samples < len(labels):
-            images, labels = CleanSet(images, labels).batches(samples, config.seed)[0]
-        if exported is not None:
-            network = io.load_exported(exported)
-        else:
-            assert model is not None
-            assert checkpoint is not None
-            network = io.build_model(model, checkpoint)
+        clean = _clean_data(data, image_size, mean, std, samples, config.seed)
+        network = _network(model, checkpoint, exported)
         if restart and first:
             resume_file.unlink(missing_ok=True)
         result = run_defense(
-            network, (images, labels), config, checkpoint=resume_file, console=console, group=group
+            network, clean, config, checkpoint=resume_file, console=console, group=group
         )
         if not first:
             return
@@ -180,6 +215,121 @@ def defend(
         resume_file.unlink(missing_ok=True)
         console.print(result.outcome())
         console.print(f"Weights, masks and report: {report.parent}", soft_wrap=True)
+
+
+@app.command()
+def detect(
+    data: Data,
+    model: Model = None,
+    checkpoint: Weights = None,
+    exported: Exported = None,
+    mean: Mean = None,
+    std: Std = None,
+    image_size: ImageSize = None,
+    samples: Samples = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of every random order.")] = 0,
+    calibration: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="A calibration on models like yours; the package's own by default."),
+    ] = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder for detection.json and figures; nothing is written without."),
+    ] = None,
+) -> None:
+    """Tell whether a model of your own has a backdoor, from a small set of clean images.
+
+    Exits with 3 where one is likely. Under torchrun, the processes share the work.
+    """
+    with _reported(), launched() as group:
+        from . import io
+        from .detection import Calibration
+        from .detection.detect import detect as run_detection
+        from .stats_report import write_detection
+
+        _check_source(model, checkpoint, exported)
+        first = Processes(group).rank == 0
+        if first and out is not None:
+            io.ensure_writable(out)
+        known = Calibration.load() if calibration is None else Calibration.load(calibration)
+        clean = _clean_data(data, image_size, mean, std, samples, seed)
+        found = run_detection(
+            _network(model, checkpoint, exported),
+            clean,
+            known.config(seed),
+            calibration=known,
+            console=console,
+            group=group,
+        )
+        if not first:
+            return
+        console.print(found.outcome())
+        console.print(f"Calibrated on: {known.described()}.", soft_wrap=True)
+        if out is not None:
+            write_detection(found, out)
+            console.print(f"Figures and JSON: {out}", soft_wrap=True)
+        if found.verdict:
+            raise typer.Exit(LIKELY)
+
+
+@app.command()
+def stats(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder for neurons.csv, neurons.json and figures.")],
+    model: Model = None,
+    checkpoint: Weights = None,
+    exported: Exported = None,
+    mean: Mean = None,
+    std: Std = None,
+    image_size: ImageSize = None,
+    samples: Samples = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of every random order.")] = 0,
+    saliency: Annotated[str, typer.Option(help="taylor, fisher or ablation.")] = "taylor",
+    magnitude: Annotated[
+        str, typer.Option(help="l1, l2, linf, effective or spectral, to compare with.")
+    ] = "l1",
+    precision: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Of ablation: a standard error in nats at which a neuron is done."),
+    ] = None,
+) -> None:
+    """Write magnitude, saliency and deviation of every neuron of a model of your own.
+
+    Under torchrun, the processes share the work.
+    """
+    ablates = saliency == "ablation"
+    resume_file = out / "ablation.pt"
+    with _reported(resume_file if ablates else None), launched() as group:
+        from . import io
+        from .stats import neuron_stats
+        from .stats_report import write_stats
+
+        _check_source(model, checkpoint, exported)
+        first = Processes(group).rank == 0
+        if first:
+            io.ensure_writable(out)
+        clean = _clean_data(data, image_size, mean, std, samples, seed)
+        found = neuron_stats(
+            _network(model, checkpoint, exported),
+            clean,
+            saliency,
+            magnitude=magnitude,
+            precision=precision,
+            seed=seed,
+            checkpoint=resume_file if ablates else None,
+            console=console,
+            group=group,
+        )
+        if not first:
+            return
+        write_stats(found, out)
+        resume_file.unlink(missing_ok=True)
+        table = Table("Correlation of magnitude and saliency", "value", "95 % interval")
+        for name, estimate in vars(found.correlation).items():
+            interval = f"{estimate.low:.2f} to {estimate.high:.2f}"
+            table.add_row(name.replace("_", " "), f"{estimate.value:.2f}", interval)
+        console.print(table)
+        console.print(f"Neurons and figures: {out}", soft_wrap=True)
 
 
 def _settings(assignments: list[str]) -> dict[str, Any]:

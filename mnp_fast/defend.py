@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +17,11 @@ from .config import DefenseConfig
 from .data import CleanSet, check_model, clean_set, evaluate
 from .distributed import Processes
 from .exposure import OffsetExposure, WeightExposure, is_conspicuous
+from .fingerprint import fingerprint, tensors_of
 from .frozen import frozen_weights
 from .io import ensure_writable, load_checkpoint, save_checkpoint
 from .objectives import MaskFit
+from .progress import progress_bars
 from .result import DefenseResult, EpochRecord, LayerNeurons
 from .selection import choose, cut_points, prune, pruning_order
 from .stats import magnitudes, saliency
@@ -31,7 +30,6 @@ from .wrap import masks, unwrap, wrap
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
     from torch import Tensor, nn
     from torch.distributed import ProcessGroup
 
@@ -116,27 +114,6 @@ class _State:
     exposure: dict[str, Any] = field(default_factory=dict)
 
 
-def _progress(console: Console | None) -> Progress:
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    return Progress(
-        TextColumn("{task.description:<12}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=console is None,
-    )
-
-
 class _Defense:
     def __init__(
         self,
@@ -157,7 +134,7 @@ class _Defense:
         self.checkpoint = None if checkpoint is None or not first else Path(checkpoint)
         self.state = _State()
         if checkpoint is not None or processes.size > 1:
-            self.fingerprint = _fingerprint(model, data, config)
+            self.fingerprint = fingerprint(model, data, asdict(config))
             if len(set(processes.gather(self.fingerprint))) > 1:
                 raise ValueError("processes were given different models, data, configs or versions")
         if self.checkpoint is not None:
@@ -165,7 +142,7 @@ class _Defense:
             if self.checkpoint.exists():
                 self._resume(self.checkpoint)
         self.state = processes.gather(self.state)[0]
-        self.progress = _progress(console if first else None)
+        self.progress = progress_bars(console if first else None)
 
     def run(self) -> DefenseResult:
         with self.progress, frozen_weights(self.masked):
@@ -190,7 +167,7 @@ class _Defense:
             ):
                 state.suppressed = {
                     name: tensor.to("cpu", copy=True)
-                    for name, tensor in _tensors(suppressed).items()
+                    for name, tensor in tensors_of(suppressed).items()
                 }
                 self._record("suppress", -loss, accuracy, start)
                 advance()
@@ -321,22 +298,3 @@ class _Defense:
                 "version); delete it to start anew"
             )
         self.state = _State(**content["state"])
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state without what modules add to it that is no tensor (`get_extra_state`)."""
-    state = model.state_dict().items()
-    return {name: value.detach() for name, value in state if isinstance(value, torch.Tensor)}
-
-
-def _fingerprint(model: nn.Module, data: CleanSet, config: DefenseConfig) -> str:
-    """Of all that a run's outcome depends on."""
-    modules = [(name, type(module).__qualname__) for name, module in model.named_modules()]
-    facts = [metadata.version("mnp_fast"), asdict(config), modules]
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    tensors = {**_tensors(model), "images": data.images, "labels": data.labels}
-    for name, tensor in tensors.items():
-        flat = tensor.to("cpu").contiguous().reshape(-1).view(torch.uint8)
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(flat.numpy().data)
-    return digest.hexdigest()

@@ -140,6 +140,10 @@ class OffsetExposure:
         """Percent of other classes' images that the first offset, widened, sends to the class."""
         return self._reached(WIDENED * self.first)
 
+    def images(self) -> Tensor:
+        """The other classes' images under the first offset."""
+        return self._shifted(self.others, self.first)
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs."""
         return {"first": self.first, "offsets": self.offsets}

@@ -33,9 +33,9 @@ from .region import Step, can_run, run
 
 _CONVS = (nn.Conv2d, MaskedConv2d)
 _NORMS = (nn.BatchNorm2d, MaskedBatchNorm2d, nn.SyncBatchNorm, MaskedSyncBatchNorm)
-_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-_RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, nn.ReLU, "relu", "relu_"}
-_ELEMENTWISE = {
+ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, nn.ReLU, "relu", "relu_"}
+ELEMENTWISE = {
     *(nn.CELU, nn.ELU, nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.Mish),
     *(nn.PReLU, nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Tanh),
     *(F.celu, F.elu, F.gelu, F.hardsigmoid, F.hardswish, F.hardtanh, F.leaky_relu, F.mish),
@@ -44,9 +44,9 @@ _ELEMENTWISE = {
 }
 # What takes images of any memory format; a result may have the one it was given.
 _ANY_FORMAT = {
-    *_ELEMENTWISE,
-    *_ADDS,
-    *_RELUS,
+    *ELEMENTWISE,
+    *ADDS,
+    *RELUS,
     *_CONVS,
     *_NORMS,
     operator.mul,
@@ -92,7 +92,7 @@ class FusedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         modules = list(self.root.modules())
-        if _is_watched() or any(map(_differs, modules[1:])) or self.root.training:
+        if needs_own_forward(self.root, modules):
             return type(self.root).forward(self.root, *args, **kwargs)
         return self._current(modules)(*args, **kwargs)
 
@@ -114,12 +114,13 @@ class FusedForward:
     def _current(self, modules: list[nn.Module]) -> fx.GraphModule:
         """The graph, built anew where modules or tensors of the root were replaced."""
         if self._graph is None or self._identities(modules) != self._seen:
-            graph = trace(self.root)
-            change = hidden_change(graph, dict(self.root.named_modules()))
-            if change is not None:
-                raise ValueError(f"{change} works in place on what is read by another name as well")
-            self._tensors = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
-            _fuse(graph, self.root, self.algorithm)
+            graph = block_graph(self.root, self.algorithm)
+            read = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
+            self._tensors = [
+                name
+                for name in dict.fromkeys(read)
+                if isinstance(operator.attrgetter(name)(self.root), Tensor)
+            ]
             blocks = [node for node in graph.nodes if node.target is run_block]
             self._blocks = [
                 tuple(str(part.target) for part in node.args[:2] if isinstance(part, fx.Node))
@@ -133,6 +134,27 @@ class FusedForward:
     def _identities(self, modules: list[nn.Module]) -> list[int]:
         tensors = [operator.attrgetter(name)(self.root) for name in self._tensors]
         return [id(part) for part in (*modules, *tensors)]
+
+
+def block_graph(masked: nn.Module, algorithm: str = "auto") -> fx.Graph:
+    """The graph of a masked model in eval mode, with every block as one call of `run_block`.
+
+    Raises
+    ------
+    Exception
+        The model cannot be traced, or it works in place on what is read by another name.
+    """
+    graph = trace(masked)
+    change = hidden_change(graph, dict(masked.named_modules()))
+    if change is not None:
+        raise ValueError(f"{change} works in place on what is read by another name as well")
+    _fuse(graph, masked, algorithm)
+    return graph
+
+
+def needs_own_forward(masked: nn.Module, modules: list[nn.Module]) -> bool:
+    """Whether a graph in eval mode could differ from the `forward` of a model of these modules."""
+    return _is_watched() or any(map(_differs, modules[1:])) or masked.training
 
 
 def _is_watched() -> bool:
@@ -278,7 +300,7 @@ class _Block:
         node = self._next()
         if (
             node is None
-            or kind_of(node, self.modules) not in _ADDS
+            or kind_of(node, self.modules) not in ADDS
             or len(node.args) != 2
             or node.kwargs
         ):
@@ -290,7 +312,7 @@ class _Block:
 
     def _take_relu(self) -> None:
         node = self._next()
-        if node is not None and kind_of(node, self.modules) in _RELUS:
+        if node is not None and kind_of(node, self.modules) in RELUS:
             self.relu = True
             self.nodes.append(node)
 

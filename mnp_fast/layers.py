@@ -98,6 +98,8 @@ class MaskedLayer(nn.Module):
     weight_owner
         Name, in the wrapped model, of the layer whose weight rows are this layer's neurons:
         the convolution in front of a batch norm. Empty where that is the layer itself.
+    norm_behind
+        Name of the batch norm that reads this layer's output, and nothing else does; else empty.
     """
 
     plain: ClassVar[type[nn.Module]]
@@ -105,6 +107,7 @@ class MaskedLayer(nn.Module):
     mask: nn.Parameter
     site: str
     weight_owner: str
+    norm_behind: str
 
     def __init__(self, *args: Any, site: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -144,7 +147,7 @@ class MaskedLayer(nn.Module):
             ),
             torch.empty(0),
         )
-        self.site, self.weight_owner = site, ""
+        self.site, self.weight_owner, self.norm_behind = site, "", ""
         self.mask = nn.Parameter(torch.ones(self.neurons, dtype=like.dtype, device=like.device))
 
     @property
@@ -156,7 +159,7 @@ class MaskedLayer(nn.Module):
         """Fold the mask into the weights and become the plain class again, in place."""
         with torch.no_grad():
             self._fold(self.mask.detach())
-        del self.mask, self.site, self.weight_owner
+        del self.mask, self.site, self.weight_owner, self.norm_behind
         self.__class__ = self.plain  # type: ignore[assignment]
         return self
 

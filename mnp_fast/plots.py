@@ -6,7 +6,7 @@ display. Save one with `figure.savefig(...)`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -44,7 +44,7 @@ def mask_histogram(result: DefenseResult) -> Figure:
         ]
     )
     values = np.concatenate(list(masks.values()))
-    figure, axes = _figure()
+    figure, axes = single()
     groups = [
         (values[cut], PRUNED, f"Pruned ({cut.sum():,})"),
         (values[~cut], KEPT, f"Kept ({(~cut).sum():,})"),
@@ -62,18 +62,18 @@ def mask_histogram(result: DefenseResult) -> Figure:
     axes.set_ylim(bottom=0.7)
     axes.set_xlim(0, 1)
     axes.set(xlabel="Fitted mask", ylabel="Neurons (log)")
-    _legend(axes)
+    legend(axes)
     return figure
 
 
 def accuracy_curve(result: DefenseResult) -> Figure:
     """Clean accuracy and the exposure's success in percent against neurons pruned, with the cut."""
-    figure, axes = _figure()
+    figure, axes = single()
     draw_cut(axes, result)
     axes.set_ylim(-3, 103)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     axes.set(xlabel="Neurons pruned, lowest mask first", ylabel="Percent of clean images")
-    _legend(axes, ncols=3)
+    legend(axes, ncols=3)
     return figure
 
 
@@ -105,13 +105,13 @@ def magnitude_saliency(result: DefenseResult) -> Figure:
 
     Pruned neurons are ringed. Neurons of magnitude or saliency 0 are drawn on the lower border.
     """
-    figure, axes = _figure()
+    figure, axes = single()
     layers = list(result.neurons.items())
     cmap = colormaps["viridis"]
     colours = cmap(np.linspace(0.05, 0.9, len(layers)))
     magnitudes = [layer.magnitude.numpy() for _, layer in layers]
     saliencies = [layer.saliency.numpy() for _, layer in layers]
-    floors = _floor(magnitudes), _floor(saliencies)
+    floors = floor(magnitudes), floor(saliencies)
     for index in range(len(layers)):
         axes.scatter(
             np.maximum(magnitudes[index], floors[0]),
@@ -133,7 +133,7 @@ def magnitude_saliency(result: DefenseResult) -> Figure:
         axes.scatter(
             x, y, s=34, facecolors="none", edgecolors=PRUNED, linewidths=1.1, label="Pruned"
         )
-        _legend(axes)
+        legend(axes)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set(xlabel="Magnitude (l1 norm of the weights)", ylabel="Saliency (|Δ loss|, first order)")
@@ -151,7 +151,7 @@ def magnitude_saliency(result: DefenseResult) -> Figure:
 def objective_history(result: DefenseResult) -> Figure:
     """Each phase's objective by epoch, one panel a phase."""
     phases = list(dict.fromkeys(record.phase for record in result.history))
-    figure = _canvas()
+    figure = canvas()
     panels = figure.subplots(1, max(len(phases), 1), squeeze=False)[0]
     for axes, phase in zip(panels, phases, strict=False):
         style_axes(axes)
@@ -176,14 +176,16 @@ def objective_history(result: DefenseResult) -> Figure:
     return figure
 
 
-def _canvas() -> Figure:
-    figure = Figure(figsize=SIZE, dpi=150, layout="constrained")
+def canvas(size: tuple[float, float] = SIZE) -> Figure:
+    """An empty figure of so many inches."""
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _figure() -> tuple[Figure, Axes]:
-    figure = _canvas()
+def single() -> tuple[Figure, Axes]:
+    """A figure with one pair of axes."""
+    figure = canvas()
     axes = figure.subplots()
     style_axes(axes)
     return figure, axes
@@ -200,8 +202,8 @@ def style_axes(axes: Axes) -> None:
         label.set(color=MUTED, fontsize=9.5)
 
 
-def _legend(axes: Axes, ncols: int = 2) -> None:
-    # Above the axes, where it covers no data.
+def legend(axes: Axes, ncols: int = 2) -> None:
+    """A legend above the axes, where it covers no data."""
     axes.legend(
         frameon=False,
         fontsize=9,
@@ -214,7 +216,7 @@ def _legend(axes: Axes, ncols: int = 2) -> None:
     )
 
 
-def _floor(values: list[NDArray[np.float32]]) -> float:
+def floor(values: list[NDArray[np.floating[Any]]]) -> float:
     """The smallest positive value, so that zeros show on a logarithmic axis."""
     everything = np.concatenate(values)
     positive = everything[everything > 0]

@@ -121,7 +121,13 @@ def masked_affine(
 
 
 def neuron_magnitude(weights: Sequence[Tensor], norm: str = "l1") -> list[Tensor]:
-    """The norm of each neuron's weights: w of shape ``(K, *)`` gives (K,)."""
+    """The norm of each neuron's weights: w of shape ``(K, *)`` gives (K,).
+
+    `"spectral"` is the largest singular value of a neuron's weights as a matrix ``(C, *)``.
+    """
+    if norm == "spectral":
+        matrices = [w.reshape(len(w), *w.shape[1:2], -1) for w in weights]
+        return [torch.linalg.matrix_norm(m if m.dim() == 3 else m[..., None], 2) for m in matrices]
     order = {"l1": 1, "l2": 2, "linf": float("inf")}[norm]
     return [torch.linalg.vector_norm(w.flatten(1), order, dim=1) for w in weights]
 

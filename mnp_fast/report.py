@@ -17,8 +17,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib import rc_context
 
-from . import plots
+from . import plots, stats_plots
 from .io.files import atomic_path, ensure_writable
+from .plain import finite
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,6 +45,17 @@ SECTIONS: tuple[tuple[str, str, Callable[[DefenseResult], Figure]], ...] = (
         "A neuron of large weights and little clean saliency is suspect. Pruned neurons are "
         "ringed.",
         plots.magnitude_saliency,
+    ),
+    (
+        "Magnitude against saliency, layer by layer",
+        "The same with a panel a layer. Neurons of saliency 0 lie on the lower border.",
+        stats_plots.result_by_layer,
+    ),
+    (
+        "Correlation by depth",
+        "Spearman's correlation of magnitude and saliency in each layer: positive where larger "
+        "neurons matter more to clean images.",
+        stats_plots.result_by_depth,
     ),
     (
         "Objective by epoch",
@@ -129,9 +141,8 @@ def report_content(
     clash = sorted(set(own) & set(extra or {}))
     if clash:
         raise ValueError(f"extra has keys that the report writes itself: {', '.join(clash)}")
-    finite = _finite({**own, **(extra or {})})
-    assert isinstance(finite, dict)
-    return finite
+    content: dict[str, Any] = finite({**own, **(extra or {})})
+    return content
 
 
 def render_page(result: DefenseResult, content: dict[str, Any]) -> str:
@@ -163,16 +174,6 @@ def _version() -> str:
         return metadata.version("mnp_fast")
     except metadata.PackageNotFoundError:
         return "unknown"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _attack_rows(content: dict[str, Any]) -> list[dict[str, Any]]:

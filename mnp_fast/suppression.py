@@ -84,15 +84,19 @@ def suppress(
             return
 
 
-def favoured_classes(suppressed: nn.Module, data: CleanSet) -> list[int]:
-    """The classes, first those that a suppressed network gives most to images of other classes.
+def favour(suppressed: nn.Module, data: CleanSet) -> torch.Tensor:
+    """What a suppressed network gives each class, (classes,): mean softmax over other images.
 
-    By mean softmax; in a backdoored network the attacker's class is among the first as a rule. A
-    class that all images belong to is left out.
+    In a backdoored network the attacker's class is among the first as a rule. NaN for a class that
+    all images belong to.
     """
     probabilities = predict(suppressed, data.images, data.processes).softmax(1)
     own = F.one_hot(data.labels, probabilities.shape[1]).bool()
-    counts = (~own).sum(0)
-    means = probabilities.masked_fill(own, 0).sum(0) / counts.clamp(min=1)
+    return probabilities.masked_fill(own, 0).sum(0) / (~own).sum(0)
+
+
+def favoured_classes(suppressed: nn.Module, data: CleanSet) -> list[int]:
+    """The classes by what a suppressed network gives them, most first; without those of NaN."""
+    means = favour(suppressed, data)
     order = means.argsort(descending=True, stable=True).tolist()
-    return [label for label in order if counts[label]]
+    return [label for label in order if not means[label].isnan()]

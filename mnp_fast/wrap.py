@@ -106,6 +106,7 @@ def wrap(
             "torch's own classes that run by their own forward, are not left out, and do not make "
             f"the output; its layers are: {held}"
         )
+    norms_behind = {layer: norm for norm, layer in flow.norm_inputs.items()}
     for name, (module, chosen_site) in targets.items():
         if name not in chosen:
             continue
@@ -113,6 +114,7 @@ def wrap(
         assert kind is not None
         layer = kind.adopt(module, chosen_site)
         layer.weight_owner = flow.norm_inputs.get(name, "")
+        layer.norm_behind = norms_behind.get(name, "")
         if isinstance(layer, MaskedConv2d) and allows(layer, algorithm):
             layer.algorithm = algorithm
     for module in masked.modules():

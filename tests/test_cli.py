@@ -16,6 +16,7 @@ from mnp_fast.cli import app
 from mnp_fast.demo import run as demo_run
 from mnp_fast.io import load_weights, save_weights
 
+from .test_detection import calibration
 from .trained import backdoored, small_net, stripes
 
 defend_module = importlib.import_module("mnp_fast.defend")
@@ -381,3 +382,74 @@ def test_interrupted_demo(tmp_path, quick_demo, monkeypatch):
     assert (tmp_path / "checkpoint-badnets-0-4-1.pt").exists()
     result = call(*arguments, "--seed", 1)  # another demo is not stopped by it
     assert result.exit_code == 0, result.output
+
+
+def without(files, *names):
+    return [part for name, value in files.items() if name not in names for part in (name, value)]
+
+
+@pytest.mark.parametrize("saliency", ["taylor", "ablation"])
+def test_stats(files, saliency):
+    result = call("stats", *without(files), "--saliency", saliency, "--magnitude", "effective")
+    assert result.exit_code == 0, result.output
+    out = files["--out"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "correlation.png", "neurons.csv", "neurons.json", "neurons.png",
+    ]  # fmt: skip
+    content = json.loads((out / "neurons.json").read_text())
+    assert (content["saliency"], content["magnitude"]) == (saliency, "effective")
+    value = content["correlation"]["spearman"]["value"]
+    assert f"{value:.2f}" in text_of(result)
+    with Image.open(out / "neurons.png") as image:
+        assert min(image.size) > 300
+
+
+def test_interrupted_stats_go_on(files, monkeypatch):
+    ablation = importlib.import_module("mnp_fast.stats.ablation")
+    monkeypatch.setattr(ablation, "SAVE_SECONDS", 0.0)
+    interrupt_at(monkeypatch, ablation, "save_checkpoint", 2)
+    arguments = ("stats", *without(files), "--saliency", "ablation")
+    result = call(*arguments)
+    assert result.exit_code == 130
+    assert "run the same command again" in text_of(result)
+    assert (files["--out"] / "ablation.pt").exists()
+    assert call(*arguments).exit_code == 0
+    assert not (files["--out"] / "ablation.pt").exists()
+
+
+def test_bad_options_of_stats(files):
+    result = call("stats", *without(files), "--saliency", "oracle")
+    assert result.exit_code == 1
+    assert "Error: saliency must be one of" in text_of(result)
+
+
+@pytest.mark.parametrize(
+    ("intercept", "code", "says"), [(90, 3, "likely"), (-90, 0, "No backdoor")]
+)
+def test_detect(files, tmp_path, intercept, code, says):
+    known = calibration(intercept=float(intercept))
+    known.save(tmp_path / "calibration.json")
+    result = call("detect", *without(files), "--calibration", tmp_path / "calibration.json")
+    assert result.exit_code == code, result.output
+    assert says in text_of(result)
+    assert "Calibrated on: stripes (4 none)" in text_of(result)
+    content = json.loads((files["--out"] / "detection.json").read_text())
+    assert content["verdict"] == (code == 3)
+    assert content["target_class"] == 0
+    assert (files["--out"] / "detection.png").exists()
+
+
+def test_detect_needs_a_calibration(files, tmp_path):
+    result = call("detect", *without(files, "--out"), "--calibration", tmp_path / "missing.json")
+    assert result.exit_code == 1
+    assert "missing.json" in text_of(result)
+    (tmp_path / "missing.json").write_text("{}")
+    result = call("detect", *without(files, "--out"), "--calibration", tmp_path / "missing.json")
+    assert "is not a calibration of this version" in text_of(result)
+
+
+def test_detect_and_stats_need_one_source(files):
+    for command in ("detect", "stats"):
+        result = call(command, *without(files, "--checkpoint"))
+        assert result.exit_code == 1
+        assert "give either --model with --checkpoint, or --exported" in text_of(result)

@@ -22,7 +22,7 @@ from mnp_fast import DefenseConfig, defend
 from mnp_fast.data import CleanSet, predict
 from mnp_fast.distributed import Processes
 from mnp_fast.io import load_weights, save_weights
-from mnp_fast.stats import saliency
+from mnp_fast.stats import ablation, neuron_stats, saliency
 
 from .test_cli import FACTORY, settings
 from .trained import backdoored, small_net, stripes
@@ -68,6 +68,11 @@ def all_facts(folder, group):
     found = {
         "saliency": {name: [part.tolist() for part in layer] for name, layer in
                      saliency(masked, shared, 8).items()},
+        "ablation": {name: values.tolist() for name, values in
+                     ablation(masked, shared, batch_size=9).items()},
+        "precise": {name: values.tolist() for name, values in
+                    ablation(masked, shared, batch_size=9, precision=0.02).items()},
+        "stats": neuron_stats(model, DATA, "fisher", bootstrap=3, group=group).content()["layers"],
         "few": predict(model, CLEAN.images[:1], shared.processes).tolist(),
     }  # fmt: skip
     for exposure, dtype in CASES:
@@ -203,6 +208,18 @@ def test_statistics_are_those_of_one_process(runs):
     for found in both:
         for layer, expected in alone["saliency"].items():
             assert_close({layer: found["saliency"][layer]}, {layer: expected}, 1e-5)
+
+
+def test_exact_ablation_is_that_of_one_process(runs):
+    alone, both = runs
+    for kind in ("ablation", "precise"):
+        for found in both:
+            assert_close(found[kind], alone[kind], 1e-6)
+    assert np.isnan(alone["precise"]["1"]).any()
+    for found in both:
+        for layer, expected in zip(found["stats"], alone["stats"], strict=True):
+            for column in ("saliency", "z", "spectral"):
+                assert_close({column: layer[column]}, {column: expected[column]}, 1e-5)
 
 
 def test_fewer_samples_than_processes(runs):

@@ -18,7 +18,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from mnp_fast import plots
+from mnp_fast import plots, stats_plots
 from mnp_fast.report import write_report
 from mnp_fast.result import (
     CutPoint,
@@ -129,7 +129,7 @@ def test_page_is_self_contained(tmp_path: Path, layers: int) -> None:
         make_result([f"layers.{i}" for i in range(layers)]), tmp_path, title="T"
     ).read_text()
     page = Page(text)
-    assert page.tags.count("svg") == 4
+    assert page.tags.count("svg") == 6
     assert not {"script", "link", "iframe", "img", "object", "foreignobject"} & set(page.tags)
     assert all(address.startswith("#") for address in page.addresses)
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", text))
@@ -190,6 +190,8 @@ FIGURES = (
     plots.accuracy_curve,
     plots.magnitude_saliency,
     plots.objective_history,
+    stats_plots.result_by_layer,
+    stats_plots.result_by_depth,
 )
 
 

@@ -65,6 +65,7 @@ inline double sqrt(double x) { return __builtin_sqrt(x); }
 #include "direct.h"
 #include "living.h"
 #include "weight_grad.h"
+#include "spectral.h"
 #include "magnitude.h"
 #include "neurons.h"
 #include "winograd_forms.h"
@@ -122,6 +123,7 @@ constexpr Kernels<T> make_kernels() {
 
 extern const KernelTable MNP_CONCAT(kernels_, MNP_ISA);
 constexpr KernelTable MNP_CONCAT(kernels_, MNP_ISA) = {MNP_STRING(MNP_ISA), make_kernels<float>(),
-                                                       make_kernels<double>(), magnitude};
+                                                       make_kernels<double>(), magnitude,
+                                                       magnitude_scratch};
 
 }  // namespace mnp::cpu

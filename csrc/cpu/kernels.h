@@ -149,7 +149,8 @@ struct NeuronRows {
   Element element;
   int64_t size, stride;  // elements of a row, and from one row to the next
   Norm norm;
-  void* norms;  // of the rows; double for f64, else float
+  void* norms;      // of the rows; double for f64, else float
+  int64_t columns;  // spectral: of a row as a row-major matrix, f32 or f64
 };
 
 template <class T>
@@ -239,8 +240,9 @@ struct KernelTable {
   const char* name;
   Kernels<float> f32;
   Kernels<double> f64;
-  // Rows [begin, end).
-  void (*magnitude)(const NeuronRows&, int64_t begin, int64_t end);
+  // Rows [begin, end). The scratch has as many bytes as `magnitude_scratch` says.
+  void (*magnitude)(const NeuronRows&, int64_t begin, int64_t end, void* scratch);
+  int64_t (*magnitude_scratch)(const NeuronRows&);
 };
 
 }  // namespace mnp::cpu

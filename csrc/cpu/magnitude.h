@@ -98,7 +98,16 @@ void row_norms(const NeuronRows& a, int64_t begin, int64_t end) {
   row_norms<element, Norm::linf>(a, begin, end);
 }
 
-inline void magnitude(const NeuronRows& a, int64_t begin, int64_t end) {
+inline int64_t magnitude_scratch(const NeuronRows& a) {
+  if (a.norm != Norm::spectral) return 0;
+  return a.element == Element::f64 ? spectral_scratch<double>(a) : spectral_scratch<float>(a);
+}
+
+inline void magnitude(const NeuronRows& a, int64_t begin, int64_t end, void* scratch) {
+  if (a.norm == Norm::spectral) {
+    if (a.element == Element::f64) return row_spectral<double>(a, begin, end, scratch);
+    return row_spectral<float>(a, begin, end, scratch);
+  }
   if (a.element == Element::f32) return row_norms<Element::f32>(a, begin, end);
   if (a.element == Element::f64) return row_norms<Element::f64>(a, begin, end);
   if (a.element == Element::f16) return row_norms<Element::f16>(a, begin, end);

@@ -155,9 +155,12 @@ bool parse_activation(const char* op, const std::string& activation) {
 }
 
 Norm parse_norm(const char* op, const std::string& norm) {
-  MNP_CHECK(norm == "l1" || norm == "l2" || norm == "linf", op,
-            ": norm must be 'l1', 'l2' or 'linf', not '", norm, "'");
-  return norm == "l1" ? Norm::l1 : norm == "l2" ? Norm::l2 : Norm::linf;
+  MNP_CHECK(norm == "l1" || norm == "l2" || norm == "linf" || norm == "spectral", op,
+            ": norm must be 'l1', 'l2', 'linf' or 'spectral', not '", norm, "'");
+  return norm == "l1"     ? Norm::l1
+         : norm == "l2"   ? Norm::l2
+         : norm == "linf" ? Norm::linf
+                          : Norm::spectral;
 }
 
 Element element_of(ScalarType type) {

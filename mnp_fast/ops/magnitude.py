@@ -19,7 +19,8 @@ def neuron_magnitude(weights: Sequence[Tensor], norm: str = "l1") -> list[Tensor
     weights
         Tensors ``(K, *)`` with one row a neuron; float32, float64, bfloat16 or float16.
     norm
-        `"l1"` (the paper's magnitude), `"l2"` or `"linf"`.
+        `"l1"` (the paper's magnitude), `"l2"`, `"linf"`, or `"spectral"`: the largest singular
+        value of a neuron's weights (C, *) as a matrix with C rows.
 
     Returns
     -------
@@ -31,8 +32,10 @@ def neuron_magnitude(weights: Sequence[Tensor], norm: str = "l1") -> list[Tensor
     RuntimeError
         An unknown norm, or weights of another dtype or without dimensions.
     """
-    arguments = ([w.detach() for w in weights], norm)
-    return backends.choose("neuron_magnitude", *arguments).run(*arguments)
+    rows = [w.detach() for w in weights]
+    if norm == "spectral":  # computed from products of weights, which half types would overflow
+        rows = [w.to(compute_dtype(w.dtype)) for w in rows]
+    return backends.choose("neuron_magnitude", rows, norm).run(rows, norm)
 
 
 @torch.library.register_fake("mnp_fast::neuron_magnitude")

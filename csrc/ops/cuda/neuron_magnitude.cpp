@@ -5,6 +5,9 @@ namespace mnp::ops::cuda_ops {
 std::vector<Tensor> neuron_magnitude(const std::vector<Tensor>& weights, const std::string& norm) {
   const char* op = "neuron_magnitude";
   const Norm kind = parse_norm(op, norm);
+  MNP_CHECK(kind != Norm::spectral, op,
+            ": norm 'spectral' has no CUDA kernel; mnp_fast.backends.use(neuron_magnitude='torch') "
+            "computes it");
   std::vector<Tensor> dense, norms;
   std::vector<cuda::NeuronRows> layers[4];  // by Element
   for (const Tensor& given : weights) {

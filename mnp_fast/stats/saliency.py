@@ -1,4 +1,4 @@
-"""Per-neuron statistics of a wrapped model."""
+"""How much the clean loss depends on each neuron, to first order."""
 
 from __future__ import annotations
 
@@ -11,26 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .data import CleanSet
-from .heads import attention_of, masked_by_rows
-from .layers import MaskedHeads, weight_rows
-from .ops import neuron_magnitude
-from .wrap import masked_layers, masks
-
-
-def magnitudes(masked: nn.Module, norm: str = "l1") -> dict[str, Tensor]:
-    """Norm of each neuron's weights, (neurons,), by name of its masked layer.
-
-    A batch norm's neurons are the filters of the layer in front; where there is none, the magnitude
-    is that of its scale (1 without one). A head's weights are its columns of the output projection.
-    """
-    layers = masked_layers(masked)
-    weights = []
-    for layer in layers.values():
-        owner = masked.get_submodule(layer.weight_owner) if layer.weight_owner else layer
-        bare = getattr(owner, "weight", None) is None
-        weights.append(torch.ones_like(layer.mask) if bare else weight_rows(owner))
-    return dict(zip(layers, neuron_magnitude(weights, norm), strict=True))
+from ..data import CleanSet
+from ..heads import attention_of, masked_by_rows
+from ..layers import MaskedHeads
+from ..wrap import masked_layers, masks
 
 
 class Saliency(NamedTuple):
@@ -90,44 +74,79 @@ def saliency(masked: nn.Module, data: CleanSet, batch_size: int) -> dict[str, Sa
     ValueError
         `masked` is not wrapped or in train mode, or `batch_size` is below 1.
     """
-    values = {name: mask.detach() for name, mask in masks(masked).items()}
-    if not values:
-        raise ValueError(f"masked: {type(masked).__name__} has no masks; wrap it first")
-    if masked.training:
-        raise ValueError("masked must be in eval mode: in train mode, samples have no own gradient")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    mixed = _layers_mixing_samples(masked, data.images[:2])
-    heads = _heads(masked) - mixed
-    given = torch.cat(list(values.values()))
-    totals = given.new_zeros(3, len(given))
-    mine, share = data.processes.part(data.images, data.labels)
-    batches = zip(*(part.split(batch_size) for part in mine), strict=True)
-    with _frozen(masked), torch.enable_grad():
-        for images, labels in batches:
-            rows = {
-                name: (value.detach() if name in mixed else value.expand(len(labels), -1))
-                for name, value in values.items()
-            }
-            leaves = [row.requires_grad_() for row in rows.values()]
-            with masked_by_rows(masked, {name: rows[name] for name in heads}) as replaced:
-                given_masks = {f"{name}.mask": row for name, row in rows.items()} | replaced
-                logits = torch.func.functional_call(
-                    masked, given_masks, (images,), tie_weights=False
-                )
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
-            changes = given * torch.cat([_per_sample(grad, len(labels)) for grad in grads], 1)
-            totals += torch.stack([changes.sum(0), changes.abs().sum(0), changes.square().sum(0)])
-    (totals,) = data.processes.sum([totals if share else torch.zeros_like(totals)])
-    means = (totals / len(data)).split([len(value) for value in values.values()], 1)
+    check_wrapped(masked, batch_size)
+    mixed = layers_mixing_samples(masked, data.images[:2])
+    given = {name: mask.detach() for name, mask in masks(masked).items()}
+    totals = torch.cat(list(given.values())).new_zeros(3, sum(map(len, given.values())))
+    for changes in _changes(masked, data, batch_size, mixed):
+        totals += torch.stack([changes.sum(0), changes.abs().sum(0), changes.square().sum(0)])
+    (totals,) = data.processes.sum([totals])
+    means = (totals / len(data)).split([len(value) for value in given.values()], 1)
     result = {}
-    for (name, value), mean in zip(values.items(), means, strict=True):
+    for (name, value), mean in zip(given.items(), means, strict=True):
         taylor, taylor_sample, fisher = mean.to(value.dtype)
         if name in mixed:
             taylor_sample, fisher = torch.full((2, len(value)), torch.nan).to(value)
         result[name] = Saliency(taylor.abs(), taylor_sample, fisher)
     return result
+
+
+def sample_changes(masked: nn.Module, data: CleanSet, batch_size: int) -> dict[str, Tensor]:
+    """What the saliencies are made of: ``m_k * g[n, k]``, (samples, neurons), of every layer.
+
+    As `saliency` otherwise. Layers without a gradient of each sample have the mean in every row.
+    """
+    check_wrapped(masked, batch_size)
+    mixed = layers_mixing_samples(masked, data.images[:2])
+    sizes = {name: len(mask) for name, mask in masks(masked).items()}
+    mine = list(_changes(masked, data, batch_size, mixed))
+    # A process that got no sample gives a row that `rows` leaves out.
+    rows = torch.cat(mine) if mine else data.images.new_zeros(1, sum(sizes.values()))
+    rows = data.processes.rows(rows, len(data))
+    parts = dict(zip(sizes, rows.split(list(sizes.values()), 1), strict=True))
+    return {
+        name: part.mean(0, keepdim=True).expand_as(part) if name in mixed else part
+        for name, part in parts.items()
+    }
+
+
+def _changes(
+    masked: nn.Module, data: CleanSet, batch_size: int, mixed: set[str]
+) -> Iterator[Tensor]:
+    """``m_k * g[n, k]``, (samples, neurons of all layers), of every batch of this process."""
+    values = {name: mask.detach() for name, mask in masks(masked).items()}
+    given = torch.cat(list(values.values()))
+    mine, share = data.processes.part(data.images, data.labels)
+    if not share:
+        return
+    batches = zip(*(part.split(batch_size) for part in mine), strict=True)
+    heads = _heads(masked) - mixed
+    with _frozen(masked):
+        for images, labels in batches:
+            with torch.enable_grad():
+                rows = {
+                    name: value.detach() if name in mixed else value.expand(len(labels), -1)
+                    for name, value in values.items()
+                }
+                leaves = [row.requires_grad_() for row in rows.values()]
+                with masked_by_rows(masked, {name: rows[name] for name in heads}) as replaced:
+                    given_masks = {f"{name}.mask": row for name, row in rows.items()} | replaced
+                    logits = torch.func.functional_call(
+                        masked, given_masks, (images,), tie_weights=False
+                    )
+                loss = F.cross_entropy(logits, labels, reduction="sum")
+                grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
+            yield given * torch.cat([_per_sample(grad, len(labels)) for grad in grads], 1)
+
+
+def check_wrapped(masked: nn.Module, batch_size: int) -> None:
+    """Raise ValueError unless samples have losses and gradients of their own."""
+    if not masks(masked):
+        raise ValueError(f"masked: {type(masked).__name__} has no masks; wrap it first")
+    if masked.training:
+        raise ValueError("masked must be in eval mode: in train mode, samples have no own gradient")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
 
 
 def _per_sample(grad: Tensor, samples: int) -> Tensor:
@@ -141,7 +160,7 @@ def _heads(masked: nn.Module) -> set[str]:
 
 
 @torch.no_grad()
-def _layers_mixing_samples(masked: nn.Module, images: Tensor) -> set[str]:
+def layers_mixing_samples(masked: nn.Module, images: Tensor) -> set[str]:
     """Names of the masked layers whose input has not the samples alone on its axis of samples."""
     mixed = set()
 

@@ -1,0 +1,81 @@
+"""How well cheap saliencies rank neurons, beside exact ablation: python -m benchmarks.agreement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mnp_fast import neuron_stats
+from mnp_fast.demo.attacks import ATTACKS
+from mnp_fast.stats import FEWEST, NeuronStats
+from mnp_fast.stats.correlation import Array, ranks, spearman
+
+from .detection_models import CLEAN, Member, trained
+
+KINDS = ("taylor", "fisher")
+
+
+def main(
+    attack: Annotated[str, typer.Option(help=f"{CLEAN}, {', '.join(ATTACKS)}.")] = CLEAN,
+    seed: Annotated[int, typer.Option(min=0, help="Of the model; its width follows.")] = 2,
+    epochs: Annotated[int, typer.Option(min=1, help="Of training.")] = 20,
+    store: Annotated[Path, typer.Option(help="Folder of trained models.")] = Path("out/detection"),
+) -> None:
+    """Train a model of the digits and compare saliencies on its 100 clean images."""
+    if attack not in (CLEAN, *ATTACKS):
+        raise typer.BadParameter(f"attack must be one of {CLEAN}, {', '.join(ATTACKS)}")
+    console = Console(width=100)
+    member = Member(attack, seed, epochs)
+    found = trained(member, store / member.name)
+    exact = neuron_stats(
+        found.model, found.digits.clean, "ablation", bootstrap=0, console=Console(stderr=True)
+    )
+    table = Table(
+        "saliency", "change of the loss", "its absolute value", "largest 10 %", title=member.name
+    )
+    for kind in KINDS:
+        other = neuron_stats(found.model, found.digits.clean, kind, bootstrap=0)
+        table.add_row(
+            kind,
+            _cell(_by_layer(other, exact, lambda values: values)),
+            _cell(_by_layer(other, exact, np.abs)),
+            f"{100 * _shared(_all(other), _all(exact)):.0f} %",
+        )
+    console.print(table)
+    console.print(
+        "Spearman's correlation with exact ablation, mean over layers (lowest, highest); of the "
+        "10 % of the neurons whose silencing costs most, the share that is found."
+    )
+
+
+def _by_layer(stats: NeuronStats, exact: NeuronStats, of_exact: Callable[[Array], Array]) -> Array:
+    values = [
+        spearman(layer.saliency, of_exact(exact.layers[name].saliency))
+        for name, layer in stats.layers.items()
+        if len(layer.saliency) >= FEWEST
+    ]
+    return np.array([value for value in values if np.isfinite(value)])
+
+
+def _all(stats: NeuronStats) -> Array:
+    return np.concatenate([layer.saliency for layer in stats.layers.values()])
+
+
+def _shared(a: Array, b: Array) -> float:
+    """Share of the largest tenth of b that is in that of a."""
+    count = max(1, len(a) // 10)
+    return float(np.mean(ranks(a)[np.argsort(b)[-count:]] > len(a) - count))
+
+
+def _cell(values: Array) -> str:
+    return f"{values.mean():.2f} ({values.min():.2f}, {values.max():.2f})"
+
+
+if __name__ == "__main__":
+    typer.run(main)

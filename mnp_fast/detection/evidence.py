@@ -1,0 +1,193 @@
+"""What detection looks at: gathered once from a model and a clean set, then plain data."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..data import CleanSet
+from ..exposure import OffsetExposure
+from ..frozen import frozen_weights
+from ..stats import magnitudes
+from ..stats.correlation import Array, deviations, ranks, robust_z, spearman
+from ..stats.saliency import sample_changes
+from ..suppression import favour, suppress
+from ..wrap import masks, wrap
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from ..config import DefenseConfig
+
+BATCH = 256  # samples of a batch of gradients
+SUBSET = 0.7  # of the clean set for one suppression: another order alone changes little or nothing
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was measured on one model, without any trigger.
+
+    Attributes
+    ----------
+    favours
+        One row a suppression, (runs, classes): mean softmax of the classes over images of others
+        once clean accuracy is gone; NaN for a class without other images.
+    epochs
+        Of each suppression until then.
+    offset_sizes
+        By class, the size of the smallest universal offset found, as root mean square in units of
+        the images' range; infinite where none reaches the class.
+    correlations
+        By layer, Spearman's correlation of l1 magnitude and clean saliency; NaN where undefined.
+    deviations
+        By layer, robust z-score of each neuron's magnitude rank minus saliency rank.
+    support
+        By layer, by how much silencing each neuron raises the loss of the suspect class on images
+        under its offset, in nats and to first order.
+    saliency
+        By layer, the clean saliency, to first order.
+    """
+
+    favours: list[list[float]]
+    epochs: list[int]
+    offset_sizes: dict[int, float]
+    correlations: dict[str, float]
+    deviations: dict[str, list[float]]
+    support: dict[str, list[float]]
+    saliency: dict[str, list[float]]
+
+    def content(self) -> dict[str, Any]:
+        """As plain data for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_content(cls, content: dict[str, Any]) -> Evidence:
+        """The counterpart of `content`, also after JSON, whose keys are text."""
+        sizes = {int(label): float(size) for label, size in content["offset_sizes"].items()}
+        return cls(**{**content, "offset_sizes": sizes})
+
+
+def gather(
+    model: nn.Module, data: CleanSet, config: DefenseConfig, runs: int, progress: Progress
+) -> Evidence:
+    """Suppress the model several times, search an offset to every class, and rank its neurons.
+
+    Parameters
+    ----------
+    model
+        A plain classifier; it is not changed.
+    data
+        The clean set, checked; its processes share the work.
+    config
+        Its `site`, `suppress_*`, `offset_*`, `suspects` and `seed`.
+    runs
+        Suppressions, each with a part of the clean set, drawn at random.
+    progress
+        Where a bar is shown.
+    """
+    masked = wrap(model, config.site, example_inputs=(data.images[:2],)).eval()
+    task = progress.add_task("Detecting", total=None)
+    favours, epochs = [], []
+    for run in range(runs):
+        suppressed = copy.deepcopy(model).eval().requires_grad_(True)
+        images, labels = data.batches(max(2, round(SUBSET * len(data))), config.seed, run)[0]
+        subset = CleanSet(images, labels, data.processes)
+        epochs.append(sum(1 for _ in suppress(suppressed, subset, config)))
+        favours.append(favour(suppressed, data).tolist())
+        progress.advance(task)
+    classes = _suspects(favours, config)
+    progress.update(task, total=runs + len(classes) + 2)
+    with _masks_only(masked), frozen_weights(masked):
+        searched = {label: OffsetExposure(masked, data, label, config) for label in classes}
+        sizes = {}
+        for label, exposure in searched.items():
+            sizes[label] = exposure.start()
+            progress.advance(task)
+        clean = _means(masked, data)
+        progress.advance(task)
+        target = suspect_class(favours, sizes)
+        support = dict.fromkeys(clean, np.zeros(0))
+        if target in searched:
+            shifted = searched[target].images()
+            labels = torch.full_like(data.labels[: len(shifted)], target)
+            support = _means(masked, CleanSet(shifted, labels, data.processes))
+        progress.advance(task)
+    sizes_of = {name: _array(values) for name, values in magnitudes(masked).items()}
+    saliency = {name: np.abs(values) for name, values in clean.items()}
+    return Evidence(
+        favours,
+        epochs,
+        sizes,
+        {name: float(spearman(sizes_of[name], saliency[name])) for name in clean},
+        {name: robust_z(deviations(sizes_of[name], saliency[name])).tolist() for name in clean},
+        # Silencing takes a mask from its value to 0, against the gradient.
+        {name: (-values).tolist() for name, values in support.items()},
+        {name: values.tolist() for name, values in saliency.items()},
+    )
+
+
+def suspect_class(favours: list[list[float]], sizes: dict[int, float]) -> int:
+    """The class that stands out most among its rivals, by suppression and by offset together.
+
+    Both are taken as robust z-scores over the classes: of the mean favour, and of the negative
+    logarithm of the offset's size.
+    """
+    mean = np.mean(np.array(favours, dtype=np.float64), axis=0)
+    labels = [label for label in range(len(mean)) if math.isfinite(mean[label])]
+    score = robust_z(mean[labels])
+    reached = {label: size for label, size in sizes.items() if math.isfinite(size) and size > 0}
+    if len(reached) > 1:
+        smallness = robust_z(-np.log(list(reached.values())))
+        by_label = dict(zip(reached, smallness, strict=True))
+        lowest = min(by_label.values())
+        score = score + np.array([by_label.get(label, lowest) for label in labels])
+    return labels[int(np.argmax(score))]
+
+
+def suspect_scores(evidence: Evidence) -> dict[str, Array]:
+    """By layer and neuron, how much more the suspect class rests on a neuron than clean images do.
+
+    Robust z-score, over the model, of the rank by support minus the rank by clean saliency.
+    """
+    names = [name for name, values in evidence.support.items() if values]
+    if not names:
+        return {}
+    support = np.concatenate([evidence.support[name] for name in names])
+    saliency = np.concatenate([evidence.saliency[name] for name in names])
+    scores = robust_z((ranks(support) - ranks(saliency)) / len(support))
+    ends = np.cumsum([len(evidence.support[name]) for name in names])[:-1]
+    return dict(zip(names, np.split(scores, ends), strict=True))
+
+
+def _suspects(favours: list[list[float]], config: DefenseConfig) -> list[int]:
+    """The classes to search offsets for: those that suppressions favour most."""
+    mean = np.mean(np.array(favours), axis=0)
+    order: list[int] = np.argsort(-mean, kind="stable").tolist()
+    return [label for label in order if math.isfinite(mean[label])][: config.suspects]
+
+
+def _means(masked: nn.Module, data: CleanSet) -> dict[str, Array]:
+    changes = sample_changes(masked, data, BATCH)
+    return {name: _array(values.double().mean(0)) for name, values in changes.items()}
+
+
+def _array(values: Tensor) -> Array:
+    return values.detach().to("cpu", torch.float64).numpy()
+
+
+@contextmanager
+def _masks_only(masked: nn.Module) -> Iterator[None]:
+    """No gradients but those of masks, and at the end of none."""
+    masked.requires_grad_(False)
+    for mask in masks(masked).values():
+        mask.requires_grad_(True)
+    yield
+    masked.requires_grad_(False)
