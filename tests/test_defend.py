@@ -313,7 +313,7 @@ def test_checkpoint_of_another_run_is_refused(checkpoint, model, data, config, m
 
 
 def test_checkpoint_of_another_version_is_refused(checkpoint, monkeypatch):
-    monkeypatch.setattr(module.metadata, "version", lambda name: "0.0.1")
+    monkeypatch.setattr("mnp_fast.fingerprint.metadata.version", lambda name: "0.0.1")
     with pytest.raises(ValueError, match="other model, data, config or version"):
         defend(backdoored(), DATA, small(), checkpoint=checkpoint)
 
