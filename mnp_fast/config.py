@@ -53,6 +53,9 @@ class DefenseConfig:
     max_pruned
         Largest share of the neurons, in (0, 1], that may be cut; twice as many where the
         suspect class is conspicuous.
+    few
+        So many neurons, at least 1, may be cut in any network, whatever their share: how many
+        carry a backdoor depends little on how wide the network is.
     max_drop
         Largest loss of clean accuracy, in points, that the cut may cost on the clean set, and
         its standard error on top; twice as much where the suspect class is conspicuous.
@@ -89,6 +92,7 @@ class DefenseConfig:
     fit_momentum: float = 0.9
     max_exposed: float = 10.0
     max_pruned: float = 0.03
+    few: int = 36
     max_drop: float = 3.0
     conspicuous: float = 0.65
     seed: int = 0
@@ -137,6 +141,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "fit_momentum": (0.0, 1 - 1e-9, "at least 0 and below 1"),
     "max_exposed": (0.0, 100.0, "between 0 and 100 percent"),
     "max_pruned": (_TINY, 1.0, "above 0 and at most 1"),
+    "few": _COUNT,
     "max_drop": (0.0, 100.0, "between 0 and 100 points"),
     "conspicuous": (0.0, 1.0, "between 0 and 1"),
     "seed": (0, 2**31 - 1, "between 0 and 2147483647"),

@@ -53,12 +53,12 @@ def cut_points(
     config: DefenseConfig,
     conspicuous: bool,
 ) -> Iterator[CutPoint]:
-    """Quality on the clean set after 0, 1, 2, … neurons are cut, up to the share `max_pruned`.
+    """Quality on the clean set after 0, 1, 2, … neurons are cut, up to `max_pruned` or `few`.
 
     In larger steps where there would be more than `MAX_POINTS`. The masks are left anywhere.
     """
     share = min(1.0, config.max_pruned * _slack(conspicuous))
-    last = max(1, int(share * len(order)))
+    last = min(len(order), max(config.few, int(share * len(order))))
     for count in range(0, last + 1, 1 + last // MAX_POINTS):
         prune(masked, order[:count])
         accuracy, loss = evaluate(masked, data)

@@ -24,7 +24,7 @@ CLEAN = stripes(40, seed=2)
 QUICK = {
     "suppress_lr": 0.1, "suppress_accuracy": 60.0, "suppress_epochs": 3, "suspects": 1,
     "offset_steps": 6, "fit_epochs": 2, "fit_batch_size": 10, "fit_lr": 0.2, "max_pruned": 0.25,
-    "max_exposed": 99.0, "max_drop": 100.0,
+    "few": 1, "max_exposed": 99.0, "max_drop": 100.0,
 }  # fmt: skip
 FACTORY = f"from torch import nn\nCLASSES = 4\n{inspect.getsource(small_net)}"
 RESULTS = ["masks.safetensors", "purified.safetensors", "report.html", "report.json"]
@@ -297,7 +297,7 @@ def test_interruption_before_the_first_checkpoint(files, monkeypatch):
 @pytest.fixture
 def quick_demo(monkeypatch):
     """The demo with a defense of seconds."""
-    quick = functools.partial(DefenseConfig, **{**QUICK, "max_pruned": 0.02})
+    quick = functools.partial(DefenseConfig, **{**QUICK, "max_pruned": 0.02, "few": 1})
     monkeypatch.setattr(demo_run, "DefenseConfig", quick)
 
 

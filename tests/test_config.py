@@ -28,6 +28,7 @@ RANGES = {
     "fit_momentum": ([0.0, 0.999], [-0.1, 1.0, 1.5], "at least 0 and below 1"),
     "max_exposed": ([0.0, 100.0], [-0.1, 100.1], BETWEEN_PERCENT),
     "max_pruned": ([1e-300, 1.0], [0.0, -0.1, 1.1], "above 0 and at most 1"),
+    "few": ([1, 10**9], [0, -1], "at least 1"),
     "conspicuous": ([0.0, 1.0], [-0.1, 1.1], "between 0 and 1"),
     "max_drop": ([0.0, 100.0], [-0.1, 100.1], "between 0 and 100 points"),
     "seed": ([0, 2**31 - 1], [-1, 2**31], "between 0 and 2147483647"),

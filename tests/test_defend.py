@@ -36,7 +36,7 @@ def small(exposure="offset", **settings):
     short = {
         "suppress_lr": 0.1, "suppress_epochs": 9, "suppress_accuracy": 60.0,
         "suppress_batch_size": 16, "offset_steps": 6, "fit_epochs": 3, "fit_batch_size": 10,
-        "fit_lr": 0.2, "max_pruned": 0.5, "max_exposed": 99.0, "max_drop": 100.0,
+        "fit_lr": 0.2, "max_pruned": 0.5, "few": 1, "max_exposed": 99.0, "max_drop": 100.0,
     }  # fmt: skip
     return DefenseConfig(exposure=exposure, **{**short, **settings})
 
@@ -59,7 +59,7 @@ def outcome(result):
 def test_removes_a_backdoor():
     model = backdoored().eval()
     assert attack_success(model) > 95
-    result = defend(model, DATA, DefenseConfig(max_pruned=0.5, fit_batch_size=10))
+    result = defend(model, DATA, DefenseConfig(max_pruned=0.5, few=1, fit_batch_size=10))
     assert result.target == 0
     assert attack_success(result.model) < 10
     assert evaluate(result.model, stripes(200, seed=5))[0] > 95
@@ -80,7 +80,7 @@ def test_target_is_the_suspect_with_the_smallest_offset(suspects, target, monkey
 
 def test_nothing_is_cut_where_no_cut_stops_the_exposure():
     model = backdoored().eval()
-    result = defend(model, DATA, small(max_exposed=0, max_drop=0, max_pruned=0.01))
+    result = defend(model, DATA, small(max_exposed=0, max_drop=0, max_pruned=0.01, few=1))
     assert result.pruned == []
     assert result.cut is result.curve[0]
     assert same_state(result.model, model)

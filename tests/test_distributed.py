@@ -34,7 +34,7 @@ CONFIGS = {
     exposure: DefenseConfig(
         exposure=exposure, suppress_lr=0.1, suppress_accuracy=60.0, suppress_batch_size=16,
         suspects=2, offset_steps=60, fit_epochs=3, fit_batch_size=10, fit_lr=0.1, max_pruned=0.5,
-        max_exposed=50.0, max_drop=100.0,
+        few=1, max_exposed=50.0, max_drop=100.0,
     )
     for exposure in ("offset", "weights")
 }  # fmt: skip

@@ -80,7 +80,7 @@ def points_of(masked, conspicuous=False, **settings):
         for name, mask in masks(masked).items()
     }
     order = pruning_order(neurons)
-    config = DefenseConfig(**settings)
+    config = DefenseConfig(**{"few": 1, **settings})
     data = stripes(8, seed=0)
     return order, list(cut_points(masked, order, Recorder(masked), data, config, conspicuous))
 
@@ -104,6 +104,12 @@ def test_cut_points_step_up_to_the_share(neurons, share, last, step):
     assert [point.pruned for point in found] == list(range(0, last + 1, step))
     assert len(found) <= 100
     assert [point.exposed for point in found] == [point.pruned for point in found]
+
+
+def test_few_neurons_may_be_cut_whatever_their_share():
+    for neurons, last in ((1000, 30), (100, 7), (5, 5)):
+        _, found = points_of(wide(neurons), max_pruned=0.03, few=7)
+        assert found[-1].pruned == last
 
 
 def test_cut_points_are_measured_on_the_pruned_network():
