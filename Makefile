@@ -73,7 +73,7 @@ wheel: $(BUILT) ## build a wheel into wheels/
 	$(RUN)/pip wheel --no-build-isolation --no-deps --wheel-dir wheels .
 
 results: $(BUILT) ## write docs/results.md; models without stored figures are run first
-	$(RUN)/python benchmarks/demo_results.py --run
+	$(RUN)/python -m benchmarks.demo_results --run
 
 bench: $(BUILT) ## run all benchmark suites beside torch, store their figures and draw them
 	@status=0; for suite in $(SUITES); do \

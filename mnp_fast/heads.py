@@ -18,6 +18,11 @@ from torch.nn import functional as F
 from .layers import MaskedHeads
 
 
+def names_of_heads(masked: nn.Module) -> set[str]:
+    """Names of a wrapped model's layers whose neurons are heads."""
+    return {name for name, module in masked.named_modules() if isinstance(module, MaskedHeads)}
+
+
 def attention_of(model: nn.Module, name: str) -> nn.MultiheadAttention:
     """The attention whose output projection has this name."""
     attention = model.get_submodule(name.rpartition(".")[0])

@@ -29,7 +29,7 @@ from mnp_fast.stats.correlation import (
 
 from .models import bare_norms, randomize
 from .test_ablation import attention
-from .test_stats import images
+from .test_stats import Tokens, images
 from .trained import backdoored, stripes
 
 
@@ -196,17 +196,22 @@ def test_permuted_neurons_permute_the_results():
 
 
 def test_layers_without_a_gradient_of_each_sample():
-    network, data = attention().double().eval(), images()
+    network, data = Tokens(samples=1).double().eval(), images()
     given = (data.images, data.labels)
     taylor = mnp_fast.neuron_stats(network, given, bootstrap=5)
     fisher = mnp_fast.neuron_stats(network, given, "fisher", bootstrap=5)
     exact = mnp_fast.neuron_stats(network, given, "ablation", bootstrap=5)
-    name = "2.self_attn.out_proj"
-    assert np.isfinite(taylor.layers[name].saliency).all()
-    assert np.isnan(taylor.layers[name].correlation.spearman.low)
-    assert np.isnan(fisher.layers[name].z).all()
-    assert np.isnan(fisher.layers[name].correlation.spearman.value)
-    assert np.isfinite(exact.layers[name].saliency).all()
+    assert np.isfinite(taylor.layers["embed"].saliency).all()
+    assert np.isnan(taylor.layers["embed"].correlation.spearman.low)
+    assert np.isnan(fisher.layers["embed"].z).all()
+    assert np.isnan(fisher.layers["embed"].correlation.spearman.value)
+    assert np.isfinite(exact.layers["embed"].saliency).all()
+
+
+def test_heads_have_a_gradient_of_each_sample():
+    network, data = attention().double().eval(), images()
+    stats = mnp_fast.neuron_stats(network, (data.images, data.labels), "fisher", bootstrap=5)
+    assert np.isfinite(stats.layers["2.self_attn.out_proj"].saliency).all()
 
 
 def test_no_bootstrap():

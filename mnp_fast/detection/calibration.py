@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student
 
 from ..config import DefenseConfig
 from ..io import atomic_path
@@ -105,7 +104,7 @@ class Calibration:
         """The probability that a further clean model of the population has a larger score."""
         scores = np.array(self.clean_scores)
         distance = (score - scores.mean()) / _spread(scores)
-        return float(student.sf(distance, len(scores) - 1))
+        return float(_student().sf(distance, len(scores) - 1))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as JSON.
@@ -144,10 +143,17 @@ def prediction_bound(scores: Array, rate: float) -> float:
 
     Student's prediction interval: it knows that mean and spread come from few scores.
     """
-    quantile = student.isf(rate, len(scores) - 1)
+    quantile = _student().isf(rate, len(scores) - 1)
     return float(scores.mean() + quantile * _spread(scores))
 
 
 def _spread(scores: Array) -> float:
     spread = scores.std(ddof=1) * math.sqrt(1 + 1 / len(scores))
     return float(max(spread, np.finfo(np.float64).tiny))
+
+
+def _student() -> Any:
+    """Student's t distribution; scipy takes longer to import than all else here."""
+    from scipy.stats import t
+
+    return t

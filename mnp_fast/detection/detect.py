@@ -105,7 +105,7 @@ def detect(
     Parameters
     ----------
     model
-        A plain classifier: images (N, *) to logits (N, classes). It is not changed.
+        A plain classifier: images ``(N, *)`` to logits (N, classes). It is not changed.
     data
         The clean set, as in `mnp_fast.defend`. No trigger or poisoned image is needed.
     config

@@ -20,7 +20,7 @@ def neuron_magnitude(weights: Sequence[Tensor], norm: str = "l1") -> list[Tensor
         Tensors ``(K, *)`` with one row a neuron; float32, float64, bfloat16 or float16.
     norm
         `"l1"` (the paper's magnitude), `"l2"`, `"linf"`, or `"spectral"`: the largest singular
-        value of a neuron's weights (C, *) as a matrix with C rows.
+        value of a neuron's weights ``(C, *)`` as a matrix with C rows.
 
     Returns
     -------

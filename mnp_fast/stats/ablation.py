@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..data import CleanSet
 from ..fingerprint import fingerprint
 from ..frozen import frozen_weights
+from ..heads import names_of_heads
 from ..io import ensure_writable, load_checkpoint, save_checkpoint
 from ..progress import progress_bars
 from ..seeds import mixed
@@ -212,11 +213,12 @@ class _Silencer:
     def __init__(self, masked: nn.Module, data: CleanSet) -> None:
         self.masked, self.data = masked, data
         self.tail = _tail(masked)
-        self.mixing = layers_mixing_samples(masked, data.images[:2])
+        # Heads have no masks of each sample in an ordinary call.
+        self.by_mask = layers_mixing_samples(masked, data.images[:2]) | names_of_heads(masked)
         norms = (m for m in masked.modules() if isinstance(m, _BatchNorm))
         if any(norm.running_mean is None for norm in norms):
             self.tail = None  # every sample's values depend on the batch
-            self.mixing = set(masks(masked))
+            self.by_mask = set(masks(masked))
         self.batch: Tensor | None = None
 
     def changes(self, batch: Tensor, name: str, neurons: Tensor) -> Tensor:
@@ -224,7 +226,7 @@ class _Silencer:
         if self.batch is not batch:
             self._take(batch)
         neurons = neurons.to(self.images.device)
-        way = self._by_mask if name in self.mixing else self._by_rows
+        way = self._by_mask if name in self.by_mask else self._by_rows
         if self.tail is not None and self.tail.can_run(name, self.known):
             way = self._by_tail
         changes = self.losses.new_zeros(len(self.labels), len(neurons))
@@ -258,7 +260,7 @@ class _Silencer:
             yield position, sample, self._logits(name, rows, self.images[sample])
 
     def _by_mask(self, name: str, neurons: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The whole network, one neuron after the other: for layers that mix samples."""
+        """The whole network, neuron by neuron: where samples have no masks of their own."""
         sample = torch.arange(len(self.labels), device=neurons.device)
         for position, neuron in enumerate(neurons):
             mask = masks(self.masked)[name].clone()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import kendalltau, rankdata
 
 Array = NDArray[np.float64]
 
@@ -49,12 +48,16 @@ def kendall(x: Array, y: Array) -> Array:
     """Kendall's tau-b of x (K,) and every row of y (B, K); NaN for less than 3 values."""
     if len(x) < 3:
         return np.full(len(y), np.nan)
+    from scipy.stats import kendalltau  # slow to import
+
     found = [kendalltau(x, row, method="asymptotic").statistic for row in y]
     return np.array(found, dtype=np.float64)
 
 
 def ranks(values: Array) -> Array:
     """Ranks from 1 along the last axis; equal values have their mean rank."""
+    from scipy.stats import rankdata  # slow to import
+
     return np.asarray(rankdata(values, axis=-1), dtype=np.float64)
 
 

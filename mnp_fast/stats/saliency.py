@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data import CleanSet
-from ..heads import attention_of, masked_by_rows
-from ..layers import MaskedHeads
+from ..heads import attention_of, masked_by_rows, names_of_heads
 from ..wrap import masked_layers, masks
 
 
@@ -120,7 +119,7 @@ def _changes(
     if not share:
         return
     batches = zip(*(part.split(batch_size) for part in mine), strict=True)
-    heads = _heads(masked) - mixed
+    heads = names_of_heads(masked) - mixed
     with _frozen(masked):
         for images, labels in batches:
             with torch.enable_grad():
@@ -154,11 +153,6 @@ def _per_sample(grad: Tensor, samples: int) -> Tensor:
     return grad if grad.dim() == 2 else (grad / samples).expand(samples, -1)
 
 
-def _heads(masked: nn.Module) -> set[str]:
-    """Names of the masked layers whose neurons are heads."""
-    return {name for name, layer in masked_layers(masked).items() if isinstance(layer, MaskedHeads)}
-
-
 @torch.no_grad()
 def layers_mixing_samples(masked: nn.Module, images: Tensor) -> set[str]:
     """Names of the masked layers whose input has not the samples alone on its axis of samples."""
@@ -173,7 +167,7 @@ def layers_mixing_samples(masked: nn.Module, images: Tensor) -> set[str]:
             mixed.add(name)
 
     readers: dict[str, nn.Module] = dict(masked_layers(masked))
-    readers |= {name: attention_of(masked, name) for name in _heads(masked)}
+    readers |= {name: attention_of(masked, name) for name in names_of_heads(masked)}
     hooks = [
         reader.register_forward_pre_hook(partial(look, name), with_kwargs=True)
         for name, reader in readers.items()

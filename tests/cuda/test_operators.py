@@ -12,7 +12,7 @@ from . import shim
 
 # Of the convolution, what is not about the CPU's algorithms, precision and messages, nor slow here.
 CONV = "channels_last or any_stride or opcheck or nan or compiles or linear_matches"
-SUITES = {"affine": (), "magnitude": (), "update": (), "conv": ("-k", CONV)}
+SUITES = {"affine": (), "magnitude": ("-k", "not spectral"), "update": (), "conv": ("-k", CONV)}
 
 
 @pytest.fixture(scope="module")
