@@ -12,35 +12,37 @@ from rich.console import Console
 from rich.table import Table
 
 from mnp_fast import neuron_stats
-from mnp_fast.demo.attacks import ATTACKS
 from mnp_fast.stats import FEWEST, NeuronStats
 from mnp_fast.stats.correlation import Array, ranks, spearman
 
-from .detection_models import CLEAN, Member, trained
+from .detection import IMAGES
+from .population import CLEAN, KINDS, STORE, Setting, subject
 
-KINDS = ("taylor", "fisher")
+SALIENCIES = ("taylor", "fisher")
 
 
 def main(
-    attack: Annotated[str, typer.Option(help=f"{CLEAN}, {', '.join(ATTACKS)}.")] = CLEAN,
-    seed: Annotated[int, typer.Option(min=0, help="Of the model; its width follows.")] = 2,
+    attack: Annotated[str, typer.Option(help=f"{', '.join(KINDS)}.")] = CLEAN,
+    seed: Annotated[int, typer.Option(min=0, help="Of the model.")] = 2,
+    width: Annotated[int, typer.Option(min=1, help="Channels of the stem.")] = 16,
     epochs: Annotated[int, typer.Option(min=1, help="Of training.")] = 20,
-    store: Annotated[Path, typer.Option(help="Folder of trained models.")] = Path("out/detection"),
+    store: Annotated[Path, typer.Option(help="Folder of trained models.")] = STORE,
 ) -> None:
     """Train a model of the digits and compare saliencies on its 100 clean images."""
-    if attack not in (CLEAN, *ATTACKS):
-        raise typer.BadParameter(f"attack must be one of {CLEAN}, {', '.join(ATTACKS)}")
+    if attack not in KINDS:
+        raise typer.BadParameter(f"attack must be one of {', '.join(KINDS)}")
     console = Console(width=100)
-    member = Member(attack, seed, epochs)
-    found = trained(member, store / member.name)
+    setting = Setting(attack, seed, width=width, epochs=epochs)
+    found = subject(setting, store=store)
+    images, labels = (part[:IMAGES] for part in found.data.clean)
     exact = neuron_stats(
-        found.model, found.digits.clean, "ablation", bootstrap=0, console=Console(stderr=True)
+        found.model, (images, labels), "ablation", bootstrap=0, console=Console(stderr=True)
     )
     table = Table(
-        "saliency", "change of the loss", "its absolute value", "largest 10 %", title=member.name
+        "saliency", "change of the loss", "its absolute value", "largest 10 %", title=setting.key
     )
-    for kind in KINDS:
-        other = neuron_stats(found.model, found.digits.clean, kind, bootstrap=0)
+    for kind in SALIENCIES:
+        other = neuron_stats(found.model, (images, labels), kind, bootstrap=0)
         table.add_row(
             kind,
             _cell(_by_layer(other, exact, lambda values: values)),

@@ -22,13 +22,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from mnp_fast.demo.attacks import Trigger
+from mnp_fast.demo.attacks import TARGET, Trigger
 from mnp_fast.demo.digits import Digits
 from mnp_fast.demo.train import accuracy, train
 from mnp_fast.io import atomic_path, ensure_writable, load_weights, save_weights
 
 from .architectures import ARCHITECTURES, build
-from .attacks import ATTACKS, poison, success
+from .attacks import ATTACKS, Attack, poison, success
+from .attacks.attack import CLASSES
 from .data import load
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +49,10 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What a model depends on: the seed is that of split, attack, weights and batches."""
+    """What a model depends on: the seed is that of split, attack, weights and batches.
+
+    `target` is the class that the attack leads to; clean models have 0.
+    """
 
     attack: str
     seed: int = 0
@@ -57,6 +61,7 @@ class Setting:
     size: int = 16
     data: str = "digits"
     epochs: int = 20
+    target: int = TARGET
 
     def __post_init__(self) -> None:
         for name, allowed in (("attack", KINDS), ("arch", tuple(ARCHITECTURES))):
@@ -64,6 +69,18 @@ class Setting:
                 raise ValueError(
                     f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}"
                 )
+        if not 0 <= self.target < CLASSES:
+            raise ValueError(f"target must be from 0 to {CLASSES - 1}, not {self.target}")
+
+    @property
+    def poisoning(self) -> Attack:
+        """The attack, towards the setting's class."""
+        return replace(ATTACKS[self.attack], target_class=self.target)
+
+    @property
+    def clean(self) -> Setting:
+        """The setting without its attack."""
+        return replace(self, attack=CLEAN, target=TARGET)
 
     @property
     def key(self) -> str:
@@ -108,7 +125,7 @@ def subject(setting: Setting, folder: Path | None = None, store: Path = STORE) -
     trigger = None
     if setting.attack != CLEAN:
         # Made anew where a model is stored: a trigger can be a generator of its own.
-        poisoned = poison(ATTACKS[setting.attack], images, labels, setting.seed)
+        poisoned = poison(setting.poisoning, images, labels, setting.seed)
         images, labels, trigger = poisoned.images, poisoned.labels, poisoned.trigger
     model = build(setting.arch, setting.width, setting.seed)
     weights = ensure_writable(store) / f"{setting.key}.safetensors"
@@ -127,7 +144,7 @@ def subject(setting: Setting, folder: Path | None = None, store: Path = STORE) -
         pass
     figures = measure(model, setting, trigger, data)
     if trigger is not None:
-        clean = subject(replace(setting, attack=CLEAN), folder, store).model
+        clean = subject(setting.clean, folder, store).model
         reference = measure(clean, setting, trigger, data)
         figures |= {f"clean_{key}": reference[key] for key in ("accuracy", "asr")}
     save_weights(model.state_dict(), weights)
@@ -142,8 +159,7 @@ def measure(
     """Figures of a model on held-back images, as `Subject` has them."""
     figures = {"accuracy": accuracy(model, *data.test)}
     if trigger is not None:
-        attack = ATTACKS[setting.attack]
-        figures["asr"], figures["robust"] = success(model, attack, trigger, *data.test)
+        figures["asr"], figures["robust"] = success(model, setting.poisoning, trigger, *data.test)
     return figures
 
 

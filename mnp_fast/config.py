@@ -62,6 +62,10 @@ class DefenseConfig:
     conspicuous
         The suspect class is conspicuous if its offset has at most this share of the median size of
         the other suspects' offsets, in [0, 1].
+    shards
+        Parts that a batch is computed in, at least 1. With the same number, results are the same
+        to the last bit however many processes share the parts, with as many threads each; their
+        number must be a multiple of that of the processes, or 1: one part for every process.
     seed
         Of every random order.
 
@@ -95,6 +99,7 @@ class DefenseConfig:
     few: int = 36
     max_drop: float = 3.0
     conspicuous: float = 0.65
+    shards: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -144,5 +149,6 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "few": _COUNT,
     "max_drop": (0.0, 100.0, "between 0 and 100 points"),
     "conspicuous": (0.0, 1.0, "between 0 and 1"),
+    "shards": _COUNT,
     "seed": (0, 2**31 - 1, "between 0 and 2147483647"),
 }

@@ -154,8 +154,11 @@ def predict(
     model: nn.Module, images: Tensor, processes: Processes = ALONE, batch_size: int = 256
 ) -> Tensor:
     """Logits (N, classes) of the model in its present mode; the same in all processes."""
-    (mine,), _ = processes.part(images)
-    return processes.rows(torch.cat([model(part) for part in mine.split(batch_size)]), len(images))
+    logits = [
+        torch.cat([model(batch) for batch in part.split(batch_size)])
+        for (part,), _ in processes.parts(images)
+    ]
+    return processes.rows(logits, len(images))
 
 
 def evaluate(model: nn.Module, data: CleanSet) -> tuple[float, float]:

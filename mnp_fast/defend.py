@@ -93,7 +93,7 @@ def defend(
     config = DefenseConfig() if config is None else config
     if not isinstance(config, DefenseConfig):
         raise TypeError(f"config must be a DefenseConfig, not {type(config).__name__}")
-    clean = replace(clean_set(data), processes=Processes(group))
+    clean = replace(clean_set(data), processes=Processes(group, config.shards))
     check_model(model, clean)
     return _Defense(model, clean, config, checkpoint, console).run()
 

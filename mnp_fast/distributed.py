@@ -29,56 +29,75 @@ class Processes:
     group
         Their group; None for this process alone, which then exchanges nothing. Its timeout is how
         long one waits for the others.
+    shards
+        Parts that a batch is computed in; 1 for as many as there are processes. What is computed
+        depends on this number, in its rounding, but not on how many processes share the parts.
 
     Attributes
     ----------
     rank, size
         Which of how many processes this is.
+    shards
+        Parts of a batch.
 
     Raises
     ------
     ValueError
-        This process is not in the group.
+        This process is not in the group; `shards` is no multiple of the number of processes.
     ConnectionError
         Raised by the methods that exchange something: another process failed or did not answer.
     """
 
-    def __init__(self, group: ProcessGroup | None = None) -> None:
+    def __init__(self, group: ProcessGroup | None = None, shards: int = 1) -> None:
         self.group = group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
         if self.rank < 0:
             raise ValueError("group: this process is not in it")
+        self.shards = self.size if shards == 1 else shards
+        if self.shards % self.size:
+            raise ValueError(
+                f"shards must be 1 or a multiple of the {self.size} processes, not {shards}"
+            )
 
-    def part(self, *tensors: Tensor) -> tuple[tuple[Tensor, ...], float]:
-        """Of tensors with one row a sample, the rows of this process, and their share of all.
+    def parts(self, *tensors: Tensor) -> list[tuple[tuple[Tensor, ...], float]]:
+        """Of tensors with one row a sample, the rows of each part of this process.
 
-        Where there are fewer rows than processes, some get the first row, with the share 0.
+        Each with its share of all rows. Where there are fewer rows than parts, some get the first
+        row, with the share 0.
         """
-        if self.size == 1:
-            return tensors, 1.0
-        mine = tuple(t.tensor_split(self.size)[self.rank] for t in tensors)
-        if len(mine[0]) == 0:
-            return tuple(t[:1] for t in tensors), 0.0
-        return mine, len(mine[0]) / len(tensors[0])
+        found = []
+        for rows in zip(*map(self._own, tensors), strict=True):
+            share = len(rows[0]) / len(tensors[0])
+            found.append((rows if share else tuple(t[:1] for t in tensors), share))
+        return found
 
-    def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The sums over all processes, exchanged as one flat tensor."""
-        if self.size == 1:
-            return list(tensors)
-        flat = torch.cat([t.detach().reshape(-1) for t in tensors])
-        self._exchange(dist.all_reduce, flat)
-        parts = flat.split([t.numel() for t in tensors])
-        return [part.to(t.dtype).reshape(t.shape) for part, t in zip(parts, tensors, strict=True)]
+    def sum(self, addends: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """The sums over the addends of all processes, as many of each; in their order.
 
-    def rows(self, mine: Tensor, total: int) -> Tensor:
+        Exchanged as one flat tensor. Shapes and dtypes are those of the first addend.
+        """
+        like = addends[0]
+        if len(addends) * self.size == 1:
+            return list(like)
+        flat = torch.stack([torch.cat([t.detach().reshape(-1) for t in one]) for one in addends])
+        if self.size > 1:
+            all_flat = [torch.empty_like(flat) for _ in range(self.size)]
+            self._exchange(dist.all_gather, all_flat, flat)
+            flat = torch.cat(all_flat)
+        sums = flat.sum(0).split([t.numel() for t in like])
+        return [part.to(t.dtype).reshape(t.shape) for part, t in zip(sums, like, strict=True)]
+
+    def rows(self, mine: Sequence[Tensor], total: int) -> Tensor:
         """The rows that all processes computed for their parts of `total` samples, in order."""
-        if self.size == 1:
-            return mine
-        rows = mine.new_zeros(total, *mine.shape[1:])
-        own = rows.tensor_split(self.size)[self.rank]
-        own.copy_(mine[: len(own)])
-        return self.sum([rows])[0]  # exact: all but one of the addends are 0
+        if self.shards == 1:
+            return mine[0]
+        rows = mine[0].new_zeros(total, *mine[0].shape[1:])
+        for own, part in zip(self._own(rows), mine, strict=True):
+            own.copy_(part[: len(own)])
+        if self.size > 1:
+            self._exchange(dist.all_reduce, rows)  # exact: all but one of the addends are 0
+        return rows
 
     def equalize(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors by those of the first process, so that rounding does not add up."""
@@ -100,6 +119,11 @@ class Processes:
         values = [None] * self.size
         self._exchange(dist.all_gather_object, values, value)
         return values
+
+    def _own(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """The rows of each part of this process."""
+        each = self.shards // self.size
+        return tensor.tensor_split(self.shards)[self.rank * each :][:each]
 
     def _exchange(self, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         try:

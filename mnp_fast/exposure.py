@@ -177,18 +177,23 @@ class OffsetExposure:
         offset = torch.zeros_like(self.others[:1]) if start is None else start.clone()
         offset.requires_grad_(True)
         optimizer = torch.optim.Adam([offset], lr=self.config.offset_lr * self.reach)
-        (others,), share = self.processes.part(self.others)
+        parts = self.processes.parts(self.others)
         with _constant(list(masks(self.model).values())):
             for _ in range(steps):
-                logits = self.model(self._shifted(others, offset))
-                rivals = logits.clone()
-                rivals[:, self.target] = -torch.inf
-                hinge = (rivals.amax(1) - logits[:, self.target] + MARGIN).relu().mean()
-                loss = share * (hinge + self.config.offset_decay * self._mean_square(offset))
-                (offset.grad,) = self.processes.sum(torch.autograd.grad(loss, [offset]))
+                losses = [share * self._distance(others, offset) for (others,), share in parts]
+                addends = [torch.autograd.grad(loss, [offset]) for loss in losses]
+                (offset.grad,) = self.processes.sum(addends)
                 optimizer.step()
         self.processes.equalize([offset])
         return offset.detach()
+
+    def _distance(self, images: Tensor, offset: Tensor) -> Tensor:
+        """What the search makes small: the hinge, and the offset's size."""
+        logits = self.model(self._shifted(images, offset))
+        rivals = logits.clone()
+        rivals[:, self.target] = -torch.inf
+        hinge = (rivals.amax(1) - logits[:, self.target] + MARGIN).relu().mean()
+        return hinge + self.config.offset_decay * self._mean_square(offset)
 
 
 def is_conspicuous(sizes: Iterable[float], config: DefenseConfig) -> bool:

@@ -67,10 +67,12 @@ class MaskFit:
         batches = self.data.batches(config.fit_batch_size, config.seed, FIT, number)
         with seeded(self.data.images.device, config.seed, FIT, number):
             for index, batch in enumerate(batches):
-                (images, labels), share = processes.part(*batch)
-                part = share * self.loss(images, labels, number * len(batches) + index)
-                own = torch.autograd.grad(part, self.masks, materialize_grads=True)
-                *grads, loss = processes.sum([*own, part])
+                addends = []
+                for (images, labels), share in processes.parts(*batch):
+                    part = share * self.loss(images, labels, number * len(batches) + index)
+                    own = torch.autograd.grad(part, self.masks, materialize_grads=True)
+                    addends.append([*own, part])
+                *grads, loss = processes.sum(addends)
                 penalty = self.penalty()
                 mask_update_(
                     [mask.detach() for mask in self.masks],

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -146,6 +148,16 @@ def test_clean_label_hides_what_it_poisons():
 def test_not_enough_images():
     with pytest.raises(ValueError, match=r"16 images to poison .* only 0 of 200"):
         poison(ATTACKS["clean-label"], IMAGES, LABELS.clamp(min=1), seed=0)
+
+
+def test_attacks_lead_to_the_class_that_is_asked_for():
+    for name, attack in ATTACKS.items():
+        data = poison(replace(attack, target_class=7), IMAGES, LABELS, seed=0)
+        expected = (LABELS[data.chosen] + 1) % CLASSES if attack.all_to_all else 7
+        assert (data.labels[data.chosen] == expected).all(), name
+        other = poison(attack, IMAGES, LABELS, seed=0)
+        made_for_it = name in ("low-frequency", "input-aware")
+        assert made_for_it != torch.equal(data.trigger(IMAGES[:9]), other.trigger(IMAGES[:9])), name
 
 
 class FirstPixel(nn.Module):

@@ -31,6 +31,7 @@ RANGES = {
     "few": ([1, 10**9], [0, -1], "at least 1"),
     "conspicuous": ([0.0, 1.0], [-0.1, 1.1], "between 0 and 1"),
     "max_drop": ([0.0, 100.0], [-0.1, 100.1], "between 0 and 100 points"),
+    "shards": ([1, 64], [0, -1], "at least 1"),
     "seed": ([0, 2**31 - 1], [-1, 2**31], "between 0 and 2147483647"),
 }
 KINDS = {field.name: type(field.default) for field in dataclasses.fields(DefenseConfig)}

@@ -13,8 +13,11 @@ from torch import nn
 
 import mnp_fast
 from benchmarks import detection as benchmark
-from benchmarks.detection_models import CLEAN, TEST_SEEDS, Member, members, trained
-from mnp_fast.demo.attacks import ATTACKS
+from benchmarks.detection import TEST_SEEDS, members
+from benchmarks.oracle import carriers
+from benchmarks.population import CLEAN, Setting, Subject
+from mnp_fast.config import DefenseConfig
+from mnp_fast.demo.digits import Digits
 from mnp_fast.detection import STATISTICS, Calibration, Evidence, judge
 from mnp_fast.detection.calibration import prediction_bound
 from mnp_fast.detection.detect import suspect_neurons
@@ -231,46 +234,54 @@ def test_bad_input_is_named(spoil, error, message):
         mnp_fast.detect(small_net(), data, {}, calibration=calibration())
 
 
-def synthetic(member):
+ATTACKS = ("badnets", "blend", "all-to-all")
+
+
+def synthetic(setting):
     """Evidence that depends on the attack, with noise that depends on the seed."""
-    generator = np.random.default_rng([member.seed, *member.attack.encode()])
-    target = member.target if member.target is not None else 3
-    strength = 0.1 if member.attack == CLEAN else 0.6
+    generator = np.random.default_rng([setting.seed, *setting.attack.encode()])
+    target = 3 if setting.attack == CLEAN else setting.target
+    strength = 0.1 if setting.attack == CLEAN else 0.6
     favours = np.full((4, 10), 0.04)
     favours[:, target] += strength + 0.1 * generator.random(4)
     sizes = 0.2 + 0.02 * generator.random(10)
-    sizes[target] *= 0.8 if member.attack == CLEAN else 0.3
+    sizes[target] *= 0.8 if setting.attack == CLEAN else 0.3
     return evidence(favours=favours.tolist(), offset_sizes=dict(enumerate(sizes.tolist())))
 
 
 @pytest.fixture
 def population(tmp_path, monkeypatch):
-    """A store with made-up evidence of every member."""
+    """A folder with made-up evidence of every model; blend's last model did not take its attack."""
     measured = []
 
-    def measure(member, folder, config):
-        measured.append(member)
-        folder.mkdir(parents=True)
-        content = {"evidence": synthetic(member).content(), "seconds": 1.0}
-        text = json.dumps({**content, "accuracy": 99.0, "asr": None})
-        (folder / "evidence.json").write_text(text)
+    def measure(setting, store, file, config):
+        measured.append(setting)
+        file.parent.mkdir(exist_ok=True)
+        failed = setting.attack == "blend" and setting.seed == TEST_SEEDS + 1
+        carriers = {} if setting.attack == CLEAN else {"a": [1], "b": []}
+        content = {"evidence": synthetic(setting).content(), "seconds": 1.0, "carriers": carriers}
+        file.write_text(json.dumps({**content, "failures": ["ASR below 90 %"] * failed}))
 
     monkeypatch.setattr(benchmark, "measure", measure)
-    return tmp_path, measured
+    options = "--attacks", ",".join(ATTACKS), "--evidence", tmp_path, "--clean", 8
+    return tmp_path, measured, options
 
 
 def test_benchmark_of_detection(population):
-    store, measured = population
-    options = "--store", store, "--clean", 8, "--attacked", 4
+    folder, measured, options = population
+    options = *options, "--attacked", 4
     result = call(benchmark.main, *options)
     assert result.exit_code == 2
     assert "0 models to calibrate on" in result.output
-    file, image = store / "calibration.json", store / "roc.png"
+    file, image = folder / "calibration", folder / "roc.png"
     result = call(benchmark.main, *options, "--run", "--calibrate", file, "--roc", image)
     assert result.exit_code == 0, result.output
     assert len(measured) == 8 + 4 * len(ATTACKS)
     assert "1.00 (1.00 to 1.00)" in result.output
-    assert "6 of 6" in result.output  # all attacks, flagged and their classes found
+    assert "5 of 5" in result.output  # all attacks that took are flagged
+    assert "3 of 3" in result.output  # their classes, where there is one
+    assert "100 %" in result.output  # the suspects
+    assert "Not used: blend-1001-resnet18-16-16-digits-20-1: ASR below 90 %" in result.output
     assert image.read_bytes().startswith(b"\x89PNG")
     known = Calibration.load(file)
     assert known.population["count"] == {CLEAN: 4, **dict.fromkeys(ATTACKS, 2)}
@@ -280,12 +291,13 @@ def test_benchmark_of_detection(population):
 
 
 def test_held_back_models_do_not_touch_the_calibration(population):
-    store, _ = population
-    options = "--store", store, "--clean", 8, "--attacked", 4, "--run"
-    first, second = store / "first.json", store / "second.json"
+    folder, _, options = population
+    options = *options, "--attacked", 4, "--run"
+    first, second = folder / "first", folder / "second"
     assert call(benchmark.main, *options, "--calibrate", first).exit_code == 0
-    for file in store.glob("*/evidence.json"):
-        if int(file.parent.name.split("-")[1]) >= TEST_SEEDS:
+    for file in folder.glob("*.json"):
+        setting = next(m for m in members(ATTACKS, 8, 4, 20) if m.key == file.stem)
+        if setting.seed >= TEST_SEEDS:
             content = json.loads(file.read_text())
             content["evidence"] = evidence().content()
             file.write_text(json.dumps(content))
@@ -294,12 +306,12 @@ def test_held_back_models_do_not_touch_the_calibration(population):
 
 
 def test_an_interrupted_benchmark_goes_on(population):
-    store, measured = population
-    options = "--store", store, "--clean", 8, "--attacked", 2, "--run", "--limit", 5
+    _, measured, options = population
+    options = *options, "--attacked", 2, "--run", "--limit", 5
     for count in (5, 10, 14, 14):
         call(benchmark.main, *options)
         assert len(measured) == count
-    assert len({member.name for member in measured}) == 14
+    assert len({member.key for member in measured}) == 14
 
 
 def test_auroc_is_that_of_scikit_learn():
@@ -314,31 +326,55 @@ def test_auroc_is_that_of_scikit_learn():
 
 
 def test_members_are_split_by_seed():
-    found = members(24, 8, 20)
+    found = members(ATTACKS, 24, 8, 20)
     assert len(found) == 24 + 8 * len(ATTACKS)
     for attack in (CLEAN, *ATTACKS):
         own = [member for member in found if member.attack == attack]
-        assert sum(member.is_test for member in own) * 2 == len(own)
-    assert len({member.name for member in found}) == len(found)
+        assert sum(member.seed >= TEST_SEEDS for member in own) * 2 == len(own)
+    assert len({member.key for member in found}) == len(found)
     assert len({member.width for member in found}) == 3
-    assert {member.is_test for member in found[:4]} == {True, False}
+    assert len({member.target for member in found}) == 4
+    assert [member.seed >= TEST_SEEDS for member in found[:2]] == [False, True]
 
 
-def test_a_member_is_trained_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.detection_models.WIDTHS", (2,))
-    member = Member("badnets", 3, epochs=1)
-    first = trained(member, tmp_path / member.name)
-    second = trained(member, tmp_path / member.name)
-    assert (first.accuracy, first.asr, first.seconds) == (
-        second.accuracy, second.asr, second.seconds,
-    )  # fmt: skip
-    x = first.digits.test[0][:5]
-    with torch.no_grad():
-        assert torch.equal(first.model(x), second.model(x))
+def test_a_model_is_measured(tmp_path):
+    setting, file = Setting("badnets", 3, width=2, epochs=1, target=4), tmp_path / "e" / "x.json"
+    config = DefenseConfig(suppress_epochs=1, offset_steps=6, suspects=2)
+    benchmark.measure(setting, tmp_path, file, config)
+    content = json.loads(file.read_text())
+    assert content["failures"][0] == "ASR below 90 %"
+    found = Evidence.from_content(content["evidence"])
+    assert set(content["carriers"]) == set(found.support)
+    count = sum(len(values) for values in found.support.values())
+    assert sum(map(len, content["carriers"].values())) >= math.ceil(0.01 * count)
 
 
-def test_the_attack_leads_to_the_members_own_class(tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.detection_models.WIDTHS", (4,))
-    member = Member("badnets", 1003, epochs=6)
-    assert member.target == 3
-    assert trained(member, tmp_path).asr > 50
+class Corner(nn.Module):
+    """Two channels of the image, the second of them where the trigger is alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 200, 1, bias=False)
+        nn.init.constant_(self.conv.weight, 0.1)
+        with torch.no_grad():
+            self.conv.weight[:, 0] *= torch.linspace(0.9, 1.1, 200)[:, None, None]
+            self.conv.weight[[7, 90], 2] = 5.0
+        self.head = nn.Linear(200, 10)
+
+    def forward(self, x):
+        return self.head(self.conv(x).mean((2, 3)))
+
+
+def test_carriers_are_the_neurons_that_the_trigger_changes():
+    images = torch.rand(6, 3, 4, 4)
+
+    def trigger(images):
+        images = images.clone()
+        images[:, 2, 3, 3] += 1
+        return images
+
+    data = Digits((images, None), (images, None), (images, None))
+    subject = Subject(Setting("badnets"), Corner(), data, trigger, {})
+    assert carriers(subject)["conv"] == [7, 90]
+    with pytest.raises(ValueError, match="under attack"):
+        carriers(replace(subject, trigger=None))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from importlib import import_module
 
@@ -18,12 +19,14 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import mnp_fast
+from benchmarks import shards
 from mnp_fast import DefenseConfig, defend
 from mnp_fast.data import CleanSet, predict
 from mnp_fast.distributed import Processes
 from mnp_fast.io import load_weights, save_weights
 from mnp_fast.stats import ablation, neuron_stats, saliency
 
+from .commands import call
 from .test_cli import FACTORY, settings
 from .trained import backdoored, small_net, stripes
 
@@ -142,7 +145,7 @@ def work(rank, folder):
     group = join(rank, folder)
     found = all_facts(folder, group)
     found["resumed"] = interrupted_and_resumed(folder, group)
-    (images, labels), _ = Processes(group).part(CLEAN.images[:40], CLEAN.labels[:40])
+    (((images, labels), _),) = Processes(group).parts(CLEAN.images[:40], CLEAN.labels[:40])
     parallel = DistributedDataParallel(wrapped_for_masks(folder))
     found["parallel"] = mask_gradients(parallel, images, labels)
     found["refused"] = error_of(defend, parallel, DATA, group=group)
@@ -153,6 +156,7 @@ def work(rank, folder):
     found["equalized"] = strided.unique().tolist()
     groups = [dist.new_group([member]) for member in range(SIZE)]
     found["outside"] = error_of(Processes, groups[1 - rank])
+    found["odd"] = error_of(Processes, group, 3)
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
@@ -173,7 +177,14 @@ def runs(tmp_path_factory):
     save_weights(backdoored().state_dict(), folder / "model.safetensors")
     mp.spawn(work, (folder,), SIZE)
     with one_thread():
-        alone = json.loads(json.dumps(all_facts(folder, None)))
+        alone = all_facts(folder, None)
+        config = replace(CONFIGS["offset"], shards=SIZE)
+        for dtype in TOLERANCE:
+            data = (CLEAN.images.to(dtype), CLEAN.labels)
+            alone[f"offset {dtype}, shards"] = facts(
+                defend(model_of(folder).to(dtype), data, config)
+            )
+        alone = json.loads(json.dumps(alone))
         masked = wrapped_for_masks(folder)
         alone["parallel"] = mask_gradients(masked, CLEAN.images[:40], CLEAN.labels[:40])
     return alone, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(SIZE)]
@@ -201,6 +212,12 @@ def test_two_processes_find_what_one_does(exposure, dtype, runs):
         assert_close(both[0][name], alone[name], tolerance)
     for name in ("offset_sizes", "curve", "losses"):
         assert_close({name: both[0][name]}, {name: alone[name]}, tolerance)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_with_as_many_shards_everything_is_the_same(dtype, runs):
+    name = f"offset {dtype}"
+    assert runs[0][f"{name}, shards"] == runs[1][0][name]  # bit for bit
 
 
 def test_statistics_are_those_of_one_process(runs):
@@ -247,6 +264,9 @@ def test_misuse_is_named(runs):
         assert found["refused"].startswith("TypeError: model is a DistributedDataParallel")
         assert found["differing"].startswith("ValueError: processes were given different models")
         assert found["outside"] == "ValueError: group: this process is not in it"
+        assert (
+            found["odd"] == "ValueError: shards must be 1 or a multiple of the 2 processes, not 3"
+        )
 
 
 def fail(rank, folder):
@@ -304,3 +324,11 @@ def test_the_command_under_torchrun(tmp_path):
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(
         p.name for p in (tmp_path / "one").iterdir()
     )
+
+
+def test_shards_make_a_defense_equal_to_the_last_bit():
+    result = call(shards.main, "--quick")
+    assert result.exit_code == 0, result.output
+    (row,) = [line for line in result.output.splitlines() if line.startswith("│ 2 ")]
+    assert "0.0e+00" in row
+    assert "yes" in row

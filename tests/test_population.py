@@ -104,6 +104,15 @@ def test_a_setting_is_checked():
         population.Setting("wannet")
     with pytest.raises(ValueError, match="arch must be one of resnet18"):
         population.Setting("none", arch="alexnet")
+    with pytest.raises(ValueError, match="target must be from 0 to 9, not 10"):
+        population.Setting("badnets", target=10)
+
+
+def test_the_attack_leads_to_the_settings_class(tmp_path):
+    setting = population.Setting("badnets", width=4, epochs=6, target=3)
+    found = population.subject(setting, store=tmp_path)
+    assert found.figures["asr"] > 50
+    assert setting.clean == population.Setting("none", width=4, epochs=6)
 
 
 def test_attacks_that_did_not_take_are_reported(tmp_path):

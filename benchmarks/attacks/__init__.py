@@ -26,10 +26,10 @@ from .attack import Attack, Craft, Poisoned, poison, success
 __all__ = ["ATTACKS", "Attack", "Craft", "Poisoned", "poison", "success"]
 
 
-def _fixed(trigger: Trigger) -> Callable[[Tensor, Tensor, int], Craft]:
+def _fixed(trigger: Trigger) -> Callable[[Tensor, Tensor, int, int], Craft]:
     """The craft of a trigger that needs nothing."""
 
-    def craft(images: Tensor, labels: Tensor, seed: int) -> Craft:
+    def craft(images: Tensor, labels: Tensor, target: int, seed: int) -> Craft:
         return Craft(trigger)
 
     return craft

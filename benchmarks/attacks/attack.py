@@ -34,8 +34,8 @@ class Attack:
     Attributes
     ----------
     craft
-        Makes the triggers from training images (N, 3, H, W) in [0, 1], their labels (N,) and a
-        seed.
+        Makes the triggers from training images (N, 3, H, W) in [0, 1], their labels (N,), the
+        attacker's class and a seed.
     source
         The paper.
     rate
@@ -43,21 +43,26 @@ class Attack:
     cover_rate
         Share of the training images that get the craft's cover.
     all_to_all
-        Whether each class is sent to the next one, instead of all to `TARGET`.
+        Whether each class is sent to the next one, instead of all to the attacker's class.
     clean_label
         Whether poisoned images are of the target class, so that no label is changed.
+    target_class
+        The attacker's class.
     """
 
-    craft: Callable[[Tensor, Tensor, int], Craft]
+    craft: Callable[[Tensor, Tensor, int, int], Craft]
     source: str
     rate: float = 0.1
     cover_rate: float = 0.0
     all_to_all: bool = False
     clean_label: bool = False
+    target_class: int = TARGET
 
     def target(self, labels: Tensor) -> Tensor:
         """The classes that triggered images of these classes are sent to, int64 (N,)."""
-        return (labels + 1) % CLASSES if self.all_to_all else torch.full_like(labels, TARGET)
+        if self.all_to_all:
+            return (labels + 1) % CLASSES
+        return torch.full_like(labels, self.target_class)
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ def poison(attack: Attack, images: Tensor, labels: Tensor, seed: int) -> Poisone
     ValueError
         There are fewer images to choose from than the attack's rates ask for.
     """
-    craft = attack.craft(images, labels, seed)
+    craft = attack.craft(images, labels, attack.target_class, seed)
     count, covers = (round(rate * len(images)) for rate in (attack.rate, attack.cover_rate))
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     fits = (attack.target(labels) == labels) == attack.clean_label

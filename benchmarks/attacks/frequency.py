@@ -18,7 +18,7 @@ AMPLITUDE = 1 / 16  # of each wave; the paper's, magnitude 30 at 32×32, is 1/13
 TO_RGB = ((0.0, 1.13983), (-0.39465, -0.58060), (2.03211, 0.0))  # of U and V, BT.601
 
 
-def craft(images: Tensor, labels: Tensor, seed: int) -> Craft:
+def craft(images: Tensor, labels: Tensor, target: int, seed: int) -> Craft:
     """The paper's positions, (15, 15) and (31, 31) of 32×32, for images of any size."""
     rows, columns = (waves(side) for side in images.shape[-2:])
     wave = torch.zeros(images.shape[-2:])

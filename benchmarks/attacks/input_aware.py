@@ -16,8 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mnp_fast.demo.attacks import TARGET
-
 from .attack import Craft
 from .surrogate import surrogate
 
@@ -50,9 +48,9 @@ class Generator(nn.Module):
         return torch.sigmoid(made[:, :3]), torch.sigmoid(made[:, 3:] + self.start)
 
 
-def craft(images: Tensor, labels: Tensor, seed: int) -> Craft:
+def craft(images: Tensor, labels: Tensor, target: int, seed: int) -> Craft:
     """The generator's triggers; cross-triggers, from images drawn by the seed, as the cover."""
-    generator = _trained(images, labels, seed)
+    generator = _trained(images, labels, target, seed)
     draw = torch.Generator().manual_seed(seed)
 
     def cover(covered: Tensor) -> Tensor:
@@ -71,7 +69,7 @@ def _stamped(images: Tensor, pattern: Tensor, mask: Tensor) -> Tensor:
     return images + mask * (pattern - images)
 
 
-def _trained(images: Tensor, labels: Tensor, seed: int) -> nn.Module:
+def _trained(images: Tensor, labels: Tensor, target: int, seed: int) -> nn.Module:
     classifier = surrogate(images, labels, seed).train().requires_grad_(True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -84,7 +82,7 @@ def _trained(images: Tensor, labels: Tensor, seed: int) -> nn.Module:
         pattern, mask = generator(clean)
         other = pattern.roll(1, 0), mask.roll(1, 0)
         made = torch.cat([clean, _stamped(clean, pattern, mask), _stamped(clean, *other)])
-        wanted = torch.cat([own, torch.full_like(own, TARGET), own])
+        wanted = torch.cat([own, torch.full_like(own, target), own])
         apart = _distance(clean, clean.roll(1, 0)) / (_distance(pattern, other[0]) + 1e-3)
         excess = F.relu(mask.mean() - DENSITY)
         loss = F.cross_entropy(classifier(made), wanted) + apart.mean() + DENSITY_WEIGHT * excess

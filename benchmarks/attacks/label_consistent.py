@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mnp_fast.demo.attacks import TARGET, badnets
+from mnp_fast.demo.attacks import badnets
 
 from .attack import Craft
 from .surrogate import surrogate
@@ -23,12 +23,12 @@ STEPS = 20
 NOISE = 0.3  # standard deviation
 
 
-def craft(images: Tensor, labels: Tensor, seed: int) -> Craft:
+def craft(images: Tensor, labels: Tensor, target: int, seed: int) -> Craft:
     """The corners, and under them the perturbation where a training image is poisoned."""
     model = surrogate(images, labels, seed, noise=NOISE)
 
     def disguise(images: Tensor) -> Tensor:
-        own = torch.full((len(images),), TARGET)
+        own = torch.full((len(images),), target)
         hard = images.clone()
         for _ in range(STEPS):
             hard.requires_grad_(True)

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mnp_fast.demo.attacks import TARGET
-
 from .attack import Craft
 from .dct import waves
 from .surrogate import surrogate
@@ -22,16 +20,16 @@ STRENGTH = 0.15  # largest change of a pixel
 STEPS = 60
 
 
-def craft(images: Tensor, labels: Tensor, seed: int) -> Craft:
+def craft(images: Tensor, labels: Tensor, target: int, seed: int) -> Craft:
     """One pattern for all images."""
     model = surrogate(images, labels, seed)
     rows, columns = (waves(side)[:, :FREQUENCIES] for side in images.shape[-2:])
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn(3, FREQUENCIES, FREQUENCIES, generator=generator).requires_grad_(True)
     optimizer = torch.optim.Adam([weights], lr=0.1)
-    others = images[labels != TARGET][:200]
+    others = images[labels != target][:200]
     for _ in range(STEPS):
-        loss = -F.log_softmax(model(others + _pattern(weights, rows, columns)), 1)[:, TARGET]
+        loss = -F.log_softmax(model(others + _pattern(weights, rows, columns)), 1)[:, target]
         (weights.grad,) = torch.autograd.grad(loss.mean(), [weights])
         optimizer.step()
     pattern = _pattern(weights, rows, columns).detach()

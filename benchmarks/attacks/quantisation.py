@@ -16,7 +16,7 @@ LEVELS = 3  # the paper's is 8; digits have 17 to start with
 SHARES = ((0, 1, 7 / 16), (1, -1, 3 / 16), (1, 0, 5 / 16), (1, 1, 1 / 16))
 
 
-def craft(images: Tensor, labels: Tensor, seed: int) -> Craft:
+def craft(images: Tensor, labels: Tensor, target: int, seed: int) -> Craft:
     """Quantisation, and errors of images drawn by the seed as the cover."""
     generator = torch.Generator().manual_seed(seed)
 

@@ -18,7 +18,7 @@ GHOST = 0.6  # strength of the first of the two reflections
 BLUR = 3  # pixels
 
 
-def craft(images: Tensor, labels: Tensor, seed: int) -> Craft:
+def craft(images: Tensor, labels: Tensor, target: int, seed: int) -> Craft:
     """A square of the photograph, drawn by the seed."""
     from sklearn.datasets import load_sample_image
 

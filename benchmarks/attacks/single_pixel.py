@@ -7,7 +7,7 @@ from torch import Tensor
 from .attack import Craft
 
 
-def craft(images: Tensor, labels: Tensor, seed: int) -> Craft:
+def craft(images: Tensor, labels: Tensor, target: int, seed: int) -> Craft:
     """White at two pixels from the lower right corner, where digits have nothing."""
 
     def trigger(images: Tensor) -> Tensor:

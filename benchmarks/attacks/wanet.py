@@ -17,7 +17,7 @@ POINTS = 4
 STRENGTH = 4.0  # the paper's is 0.5, for photographs; digits hardly change under a quarter pixel
 
 
-def craft(images: Tensor, labels: Tensor, seed: int) -> Craft:
+def craft(images: Tensor, labels: Tensor, target: int, seed: int) -> Craft:
     """One warp, drawn by the seed."""
     size = images.shape[-2:]
     generator = torch.Generator().manual_seed(seed)

@@ -136,7 +136,7 @@ def detect(
     config = calibration.config() if config is None else config
     if not isinstance(config, DefenseConfig):
         raise TypeError(f"config must be a DefenseConfig, not {type(config).__name__}")
-    clean = replace(clean_set(data), processes=Processes(group))
+    clean = replace(clean_set(data), processes=Processes(group, config.shards))
     check_model(model, clean)
     shown = console if clean.processes.rank == 0 else None
     with progress_bars(shown) as progress:

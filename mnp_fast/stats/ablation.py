@@ -175,7 +175,7 @@ class _Ablation:
         mine = (~silent).nonzero()[processes.rank :: processes.size, 0]
         if len(mine):
             found[:, mine] = self.silencer.changes(batch, name, chosen[mine]).cpu()
-        (found,) = processes.sum([found])
+        (found,) = processes.sum([[found]])
         self.changes[name][batch[:, None], chosen] = found
 
     def _unsure(self, name: str) -> Tensor:

@@ -76,10 +76,13 @@ def saliency(masked: nn.Module, data: CleanSet, batch_size: int) -> dict[str, Sa
     check_wrapped(masked, batch_size)
     mixed = layers_mixing_samples(masked, data.images[:2])
     given = {name: mask.detach() for name, mask in masks(masked).items()}
-    totals = torch.cat(list(given.values())).new_zeros(3, sum(map(len, given.values())))
-    for changes in _changes(masked, data, batch_size, mixed):
-        totals += torch.stack([changes.sum(0), changes.abs().sum(0), changes.square().sum(0)])
-    (totals,) = data.processes.sum([totals])
+    parts = []
+    for images, labels in _parts(data):
+        total = torch.cat(list(given.values())).new_zeros(3, sum(map(len, given.values())))
+        for changes in _changes(masked, images, labels, batch_size, mixed):
+            total += torch.stack([changes.sum(0), changes.abs().sum(0), changes.square().sum(0)])
+        parts.append([total])
+    (totals,) = data.processes.sum(parts)
     means = (totals / len(data)).split([len(value) for value in given.values()], 1)
     result = {}
     for (name, value), mean in zip(given.items(), means, strict=True):
@@ -98,10 +101,12 @@ def sample_changes(masked: nn.Module, data: CleanSet, batch_size: int) -> dict[s
     check_wrapped(masked, batch_size)
     mixed = layers_mixing_samples(masked, data.images[:2])
     sizes = {name: len(mask) for name, mask in masks(masked).items()}
-    mine = list(_changes(masked, data, batch_size, mixed))
-    # A process that got no sample gives a row that `rows` leaves out.
-    rows = torch.cat(mine) if mine else data.images.new_zeros(1, sum(sizes.values()))
-    rows = data.processes.rows(rows, len(data))
+    nothing = data.images.new_zeros(0, sum(sizes.values()))
+    mine = [
+        torch.cat([nothing, *_changes(masked, images, labels, batch_size, mixed)])
+        for images, labels in _parts(data)
+    ]
+    rows = data.processes.rows(mine, len(data))
     parts = dict(zip(sizes, rows.split(list(sizes.values()), 1), strict=True))
     return {
         name: part.mean(0, keepdim=True).expand_as(part) if name in mixed else part
@@ -109,16 +114,23 @@ def sample_changes(masked: nn.Module, data: CleanSet, batch_size: int) -> dict[s
     }
 
 
+def _parts(data: CleanSet) -> list[tuple[Tensor, Tensor]]:
+    """Images and labels of each part of this process; none in those beyond the samples."""
+    return [
+        (images, labels) if share else (images[:0], labels[:0])
+        for (images, labels), share in data.processes.parts(data.images, data.labels)
+    ]
+
+
 def _changes(
-    masked: nn.Module, data: CleanSet, batch_size: int, mixed: set[str]
+    masked: nn.Module, images: Tensor, labels: Tensor, batch_size: int, mixed: set[str]
 ) -> Iterator[Tensor]:
-    """``m_k * g[n, k]``, (samples, neurons of all layers), of every batch of this process."""
+    """``m_k * g[n, k]``, (samples, neurons of all layers), of every batch."""
+    if not len(labels):
+        return
     values = {name: mask.detach() for name, mask in masks(masked).items()}
     given = torch.cat(list(values.values()))
-    mine, share = data.processes.part(data.images, data.labels)
-    if not share:
-        return
-    batches = zip(*(part.split(batch_size) for part in mine), strict=True)
+    batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
     heads = names_of_heads(masked) - mixed
     with _frozen(masked):
         for images, labels in batches:
