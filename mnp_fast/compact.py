@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.node import map_aggregate
 
+from .attention import parameter, remove_heads
 from .channels import ChannelFlow, Layer, Norm, channel_flow, grouped_weight, is_transposed
 from .wrap import masked_layers, unwrap
 
@@ -66,14 +67,25 @@ def compact(model: nn.Module, example_inputs: tuple[Any, ...]) -> nn.Module:
     small = (unwrap(model) if masked_layers(model) else copy.deepcopy(model)).eval()
     with torch.no_grad():
         expected = _outputs(copy.deepcopy(model).eval(), example_inputs)
-        flow = channel_flow(small, example_inputs)
-        kept = _kept(flow)
-        for layer in flow.layers:
-            _shrink_layer(layer, kept)
-        for norm, channels in flow.norms:
-            _shrink_norm(norm, kept[channels])
+        heads_removed = remove_heads(small, example_inputs)
+        try:
+            flow = channel_flow(small, example_inputs)
+        except ValueError:
+            if not heads_removed:
+                raise
+        else:
+            _shrink(flow)
         _compare(_outputs(small, example_inputs), expected, type(model).__name__)
     return small
+
+
+def _shrink(flow: ChannelFlow) -> None:
+    """Take channels out of all layers and norms, in place."""
+    kept = _kept(flow)
+    for layer in flow.layers:
+        _shrink_layer(layer, kept)
+    for norm, channels in flow.norms:
+        _shrink_norm(norm, kept[channels])
 
 
 def _kept(flow: ChannelFlow) -> Tensor:
@@ -153,8 +165,8 @@ def _shrink_layer(layer: Layer, kept: Tensor) -> None:
     bias = bias[outputs]
     if module.bias is not None or bias.any():
         like = module.weight if module.bias is None else module.bias
-        module.bias = _parameter(bias, like)
-    module.weight = _parameter(weight, module.weight)
+        module.bias = parameter(bias, like)
+    module.weight = parameter(weight, module.weight)
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
     else:
@@ -169,16 +181,12 @@ def _shrink_norm(norm: Norm, kept: Tensor) -> None:
     for name in ("weight", "bias"):
         if getattr(norm, name) is not None:
             old = getattr(norm, name)
-            setattr(norm, name, _parameter(old.detach()[kept.to(old.device)], old))
+            setattr(norm, name, parameter(old.detach()[kept.to(old.device)], old))
     for name in ("running_mean", "running_var"):
         if getattr(norm, name) is not None:
             old = getattr(norm, name)
             setattr(norm, name, old[kept.to(old.device)])
     norm.num_features = int(kept.sum())
-
-
-def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
-    return nn.Parameter(value.to(like), requires_grad=like.requires_grad)
 
 
 def _compare(found: list[Tensor], expected: list[Tensor], name: str) -> None:
