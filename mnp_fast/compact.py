@@ -1,4 +1,4 @@
-"""Channels that masks have silenced, removed: `compact`."""
+"""Channels and heads that masks have silenced, removed: `compact`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CARRIER = 1 / 8
 
 
 def compact(model: nn.Module, example_inputs: tuple[Any, ...]) -> nn.Module:
-    """A smaller plain model with the same outputs: channels that are constant are gone.
+    """A smaller plain model with the same outputs: constant channels and silent heads are gone.
 
     A channel is constant where its mask is 0, or its weights are. It is removed with all that
     computes it and all that reads it, if every channel that is added to it, or is otherwise of the
@@ -35,6 +35,12 @@ def compact(model: nn.Module, example_inputs: tuple[Any, ...]) -> nn.Module:
     of them, and so do those of modules that are called more than once. Nothing is removed of inputs
     and outputs. A layer that has no neurons left keeps one.
 
+    A head of `torch.nn.MultiheadAttention` is silent where its columns of the output projection are
+    0. The attention then becomes a `mnp_fast.attention.PrunedAttention`, unless the model reads
+    what that cannot give, such as the weights of attention, or the attention has hooks, `bias_k`
+    or `add_zero_attn`. Attention written in any other way keeps its heads. A model that cannot be
+    traced symbolically loses heads alone.
+
     Parameters
     ----------
     model
@@ -46,14 +52,16 @@ def compact(model: nn.Module, example_inputs: tuple[Any, ...]) -> nn.Module:
     -------
     nn.Module
         A model of the same class in eval mode, made of torch's own layers, some with fewer
-        channels. Parameters that were shared between layers may no longer be.
+        channels, and of `PrunedAttention`. Parameters that were shared between layers may no longer
+        be.
 
     Raises
     ------
     TypeError
         `model` is not a module, or `example_inputs` not a tuple.
     ValueError
-        The model cannot be traced symbolically, or `example_inputs` hold no samples.
+        The model cannot be traced symbolically and no head of it can go, or `example_inputs` hold
+        no samples.
     RuntimeError
         The outputs are not equal, within 1.2e-5 of the largest in float32: the model does
         something that its trace does not show.
@@ -196,7 +204,7 @@ def _compare(found: list[Tensor], expected: list[Tensor], name: str) -> None:
         difference, size = (a.double() - b.double()).abs().max().item(), b.abs().max().item()
         if not difference <= limit * size:
             raise RuntimeError(
-                f"{name} without its constant channels gives other outputs: they differ by "
+                f"{name} without its silent channels and heads gives other outputs: they differ by "
                 f"{difference:.1e}, and the largest is {size:.1e}. It does something that its "
                 "trace does not show, at random or with the weights of a masked layer"
             )
