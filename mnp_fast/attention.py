@@ -74,9 +74,16 @@ class PrunedAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, None]:
-        """As torch's, except for the weights, which are None."""
+        """As torch's, except for the weights, which are None.
+
+        Raises
+        ------
+        ValueError
+            Key or value have other dimensions or samples than query; `is_causal` without a mask.
+        """
+        self._check(query, key=key, value=value)
         if is_causal and attn_mask is None:
-            raise RuntimeError("is_causal says what attn_mask is, so it needs an attn_mask")
+            raise ValueError("is_causal says what attn_mask is, so it needs an attn_mask")
         q, k, v = map(self._split, self._project(query, key, value))
         if is_causal and key_padding_mask is None and not need_weights:
             mask = None  # as torch: the kernel knows a causal mask better
@@ -93,6 +100,18 @@ class PrunedAttention(nn.MultiheadAttention):
         elif not self.batch_first:
             y = y.transpose(0, 1)
         return self._project_back(y.flatten(-2)), None
+
+    def _check(self, query: Tensor, **others: Tensor) -> None:
+        """Refuse what would be broadcast."""
+        if query.is_nested:
+            return
+        batch = 0 if self.batch_first else 1
+        for name, x in others.items():
+            if x.dim() != query.dim() or (x.dim() == 3 and x.shape[batch] != query.shape[batch]):
+                raise ValueError(
+                    f"{name} has shape {tuple(x.shape)}; it must have as many dimensions and "
+                    f"samples as query, which has shape {tuple(query.shape)}"
+                )
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         weight, bias = self.in_proj_weight, self.in_proj_bias
@@ -122,8 +141,8 @@ class PrunedAttention(nn.MultiheadAttention):
         masks = []
         if attention is not None:
             if attention.dim() == 3:
-                attention = attention.view(len(q), self.num_heads, *attention.shape[1:])
-                attention = attention[:, self.kept_heads]
+                of_heads = attention.unflatten(0, (q.size(0), self.num_heads))
+                attention = of_heads[:, self.kept_heads]
             masks.append(_added(attention, q.dtype))
         if padding is not None:
             masks.append(_added(padding[..., None, None, :], q.dtype))
