@@ -1,4 +1,4 @@
-"""The forward of a network with half of its channels pruned, before and after `compact`."""
+"""The forward of networks with half of their channels or heads pruned, and after `compact`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from .step import batch_of
 from .timing import OURS, Case
 
 ALL = "all channels"
+ALL_HEADS = "all heads"
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """ResNet-18 for small images, by what is pruned and who runs it."""
+    """ResNet-18 for small images, by what is pruned and who runs it; encoder layers of torch."""
     width, size, batch = (8, 16, 2) if quick else (64, 32, 32)
     x = batch_of(size, batch)[0]
     for site, streams in (("neuron", True), ("norm", True), ("neuron", False), ("norm", False)):
@@ -51,6 +52,26 @@ def cases(quick: bool) -> Iterator[Case]:
         yield case("masked layers", masked, wrap(small), x)
         x_last = x.to(memory_format=torch.channels_last)
         yield case("torch, channels-last", channels_last(plain), channels_last(small), x_last)
+    yield heads(quick)
+
+
+def heads(quick: bool) -> Case:
+    """Three of torch's encoder layers, as wide as those of a tiny vision transformer."""
+    width, count, positions, batch = (24, 4, 5, 2) if quick else (192, 12, 197, 8)
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(width, count, 4 * width, batch_first=True)
+    x = torch.randn(batch, positions, width)
+    masked = wrap(nn.TransformerEncoder(layer, 3).eval(), example_inputs=(x,), include="*out_proj")
+    for mask in masks(masked).values():
+        mask.data[::2] = 0
+    plain, small = unwrap(masked), compact(masked, (x[:1],))
+    return Case(
+        f"half of {count} heads pruned, three encoder layers of width {width}, batch {batch}, "
+        f"{positions} positions; torch",
+        {ALL_HEADS: partial(logits, plain, x), OURS: partial(logits, small, x)},
+        logits(unwrap(masked).double(), x.double()),
+        limit=1e-4,
+    )
 
 
 def prune_half(masked: nn.Module, streams: bool) -> None:

@@ -1,4 +1,4 @@
-"""Channels that masks have silenced, removed: `compact`."""
+"""Channels and heads that masks have silenced, removed: `compact`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.node import map_aggregate
 
+from .attention import parameter, remove_heads
 from .channels import ChannelFlow, Layer, Norm, channel_flow, grouped_weight, is_transposed
 from .wrap import masked_layers, unwrap
 
@@ -18,7 +19,7 @@ _CARRIER = 1 / 8
 
 
 def compact(model: nn.Module, example_inputs: tuple[Any, ...]) -> nn.Module:
-    """A smaller plain model with the same outputs: channels that are constant are gone.
+    """A smaller plain model with the same outputs: constant channels and silent heads are gone.
 
     A channel is constant where its mask is 0, or its weights are. It is removed with all that
     computes it and all that reads it, if every channel that is added to it, or is otherwise of the
@@ -34,6 +35,12 @@ def compact(model: nn.Module, example_inputs: tuple[Any, ...]) -> nn.Module:
     of them, and so do those of modules that are called more than once. Nothing is removed of inputs
     and outputs. A layer that has no neurons left keeps one.
 
+    A head of `torch.nn.MultiheadAttention` is silent where its columns of the output projection are
+    0. The attention then becomes a `mnp_fast.attention.PrunedAttention`, unless the model reads
+    what that cannot give, such as the weights of attention, or the attention has hooks, `bias_k`
+    or `add_zero_attn`. Attention written in any other way keeps its heads. A model that cannot be
+    traced symbolically loses heads alone.
+
     Parameters
     ----------
     model
@@ -45,14 +52,16 @@ def compact(model: nn.Module, example_inputs: tuple[Any, ...]) -> nn.Module:
     -------
     nn.Module
         A model of the same class in eval mode, made of torch's own layers, some with fewer
-        channels. Parameters that were shared between layers may no longer be.
+        channels, and of `PrunedAttention`. Parameters that were shared between layers may no longer
+        be.
 
     Raises
     ------
     TypeError
         `model` is not a module, or `example_inputs` not a tuple.
     ValueError
-        The model cannot be traced symbolically, or `example_inputs` hold no samples.
+        The model cannot be traced symbolically and no head of it can go, or `example_inputs` hold
+        no samples.
     RuntimeError
         The outputs are not equal, within 1.2e-5 of the largest in float32: the model does
         something that its trace does not show.
@@ -66,14 +75,25 @@ def compact(model: nn.Module, example_inputs: tuple[Any, ...]) -> nn.Module:
     small = (unwrap(model) if masked_layers(model) else copy.deepcopy(model)).eval()
     with torch.no_grad():
         expected = _outputs(copy.deepcopy(model).eval(), example_inputs)
-        flow = channel_flow(small, example_inputs)
-        kept = _kept(flow)
-        for layer in flow.layers:
-            _shrink_layer(layer, kept)
-        for norm, channels in flow.norms:
-            _shrink_norm(norm, kept[channels])
+        heads_removed = remove_heads(small, example_inputs)
+        try:
+            flow = channel_flow(small, example_inputs)
+        except ValueError:
+            if not heads_removed:
+                raise
+        else:
+            _shrink(flow)
         _compare(_outputs(small, example_inputs), expected, type(model).__name__)
     return small
+
+
+def _shrink(flow: ChannelFlow) -> None:
+    """Take channels out of all layers and norms, in place."""
+    kept = _kept(flow)
+    for layer in flow.layers:
+        _shrink_layer(layer, kept)
+    for norm, channels in flow.norms:
+        _shrink_norm(norm, kept[channels])
 
 
 def _kept(flow: ChannelFlow) -> Tensor:
@@ -153,8 +173,8 @@ def _shrink_layer(layer: Layer, kept: Tensor) -> None:
     bias = bias[outputs]
     if module.bias is not None or bias.any():
         like = module.weight if module.bias is None else module.bias
-        module.bias = _parameter(bias, like)
-    module.weight = _parameter(weight, module.weight)
+        module.bias = parameter(bias, like)
+    module.weight = parameter(weight, module.weight)
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
     else:
@@ -169,16 +189,12 @@ def _shrink_norm(norm: Norm, kept: Tensor) -> None:
     for name in ("weight", "bias"):
         if getattr(norm, name) is not None:
             old = getattr(norm, name)
-            setattr(norm, name, _parameter(old.detach()[kept.to(old.device)], old))
+            setattr(norm, name, parameter(old.detach()[kept.to(old.device)], old))
     for name in ("running_mean", "running_var"):
         if getattr(norm, name) is not None:
             old = getattr(norm, name)
             setattr(norm, name, old[kept.to(old.device)])
     norm.num_features = int(kept.sum())
-
-
-def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
-    return nn.Parameter(value.to(like), requires_grad=like.requires_grad)
 
 
 def _compare(found: list[Tensor], expected: list[Tensor], name: str) -> None:
@@ -188,7 +204,7 @@ def _compare(found: list[Tensor], expected: list[Tensor], name: str) -> None:
         difference, size = (a.double() - b.double()).abs().max().item(), b.abs().max().item()
         if not difference <= limit * size:
             raise RuntimeError(
-                f"{name} without its constant channels gives other outputs: they differ by "
+                f"{name} without its silent channels and heads gives other outputs: they differ by "
                 f"{difference:.1e}, and the largest is {size:.1e}. It does something that its "
                 "trace does not show, at random or with the weights of a masked layer"
             )
