@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mnp_fast import frozen_weights
 from mnp_fast.ops import masked_conv2d, masked_linear
 from mnp_fast.ops.conv import output_size
 
@@ -43,9 +44,18 @@ class Shape:
         return f"{kind}, {self.channels} to {self.neurons}, {self.size}x{self.size}"
 
 
+class Way(NamedTuple):
+    """How this project computes a layer."""
+
+    algorithm: str
+    weight: Tensor
+
+
 SQUARE = (Shape(64, 64, 32), Shape(128, 128, 16), Shape(256, 256, 8), Shape(512, 512, 4))
 OTHERS = (
     Shape(3, 64, 32),
+    Shape(256, 256, 6),
+    Shape(128, 128, 2),
     Shape(64, 128, 32, stride=2),
     Shape(128, 256, 16, stride=2),
     Shape(256, 512, 8, stride=2),
@@ -110,7 +120,11 @@ class Layer:
         self.grad = self.random(*output_size(self.x.shape, self.weight.shape, *self.geometry))
         self.operations = 2 * self.grad.numel() * self.weight[0].numel()
         is_square = shape.kernel == 3 and shape.stride == 1 and shape.groups == 1
-        self.algorithms = ("auto", "winograd2", "direct") if is_square else ("auto",)
+        names = ("auto", "winograd2", "direct") if is_square else ("auto",)
+        self.ways = {name: Way(name, self.weight) for name in names}
+        self.kept = nn.Conv2d(1, 1, 1)
+        self.kept.weight = nn.Parameter(self.weight.clone(), requires_grad=False)
+        self.ways["auto, frozen weights"] = Way("auto", self.kept.weight)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """What torch does forward."""
@@ -130,18 +144,18 @@ class Layer:
             [True, False, False],
         )[0]
 
-    def masked(self, x: Tensor, vectors: Tensors, algorithm: str) -> Tensor:
+    def masked(self, x: Tensor, vectors: Tensors, way: Way) -> Tensor:
         """What this project does forward, given mask, scale, shift and bias."""
-        given: dict[str, Any] = {**self.options, "algorithm": algorithm}
-        return masked_conv2d(x, self.weight, *vectors, activation="relu", **given)
+        given: dict[str, Any] = {**self.options, "algorithm": way.algorithm}
+        return masked_conv2d(x, way.weight, *vectors, activation="relu", **given)
 
     def masked_grads(
-        self, grad: Tensor, x: Tensor, y: Tensor, u: Tensor, vectors: Tensors, algorithm: str
+        self, grad: Tensor, x: Tensor, y: Tensor, u: Tensor, vectors: Tensors, way: Way
     ) -> tuple[Tensor, Tensor]:
         """What this project does backward: sums a sample and neuron, and the gradient of x."""
         geometry, needs = (*self.geometry, self.shape.groups), (True, False, False, True)
         dx, _, _, sums = torch.ops.mnp_fast.masked_conv2d_backward(
-            grad, x, self.weight, y, u, *vectors, *geometry, *needs, algorithm
+            grad, x, way.weight, y, u, *vectors, *geometry, *needs, way.algorithm
         )
         return sums, dx
 
@@ -152,8 +166,9 @@ class Layer:
     def cases(self, quick: bool) -> Iterator[Case]:
         exact_t = self.exact_t()
         exact = (self.mask[:, None, None] * exact_t + self.bias[:, None, None]).relu()
-        yield self.forward(exact)
-        yield self.backward(exact, exact_t, quick)
+        with frozen_weights(self.kept):
+            yield self.forward(exact)
+            yield self.backward(exact, exact_t, quick)
 
     def exact_t(self) -> Tensor:
         """What is masked, in float64; the scale is folded into the weight."""
@@ -175,8 +190,8 @@ class Layer:
             u = self.convolve(x, weight)
             return (u.mul_(gain).add_(offset[:, None, None]).relu_(),)
 
-        def ours(algorithm: str) -> Tensors:
-            return (self.masked(x, vectors, algorithm),)
+        def ours(way: Way) -> Tensors:
+            return (self.masked(x, vectors, way),)
 
         case = Case(
             f"{self.name}, forward",
@@ -226,9 +241,9 @@ class Layer:
             dz = dy * (y > 0)
             return (dz * t).sum((0, 2, 3)), self.input_grad(dz * gain, x, weight)
 
-        def ours(algorithm: str) -> Tensors:
+        def ours(way: Way) -> Tensors:
             vectors = self.mask, self.scale, self.shift
-            sums, dx = self.masked_grads(grad, x, y, u, vectors, algorithm)
+            sums, dx = self.masked_grads(grad, x, y, u, vectors, way)
             return sums[1].sum(0), dx
 
         doubles = [v.double() for v in (gain, self.grad, self.x, self.weight, exact, exact_t)]
@@ -244,10 +259,10 @@ class Layer:
         add_compiled(case, name, lambda: partial(compiled(torch_grads), gain, *last), quick)
         return self.with_ours(case, ours)
 
-    def with_ours(self, case: Case, ours: Callable[[str], Tensors]) -> Case:
-        """The case with a competitor an algorithm, and the operations of all."""
-        for algorithm in self.algorithms:
-            case.functions[f"{OURS} {algorithm}"] = partial(ours, algorithm)
+    def with_ours(self, case: Case, ours: Callable[[Way], Tensors]) -> Case:
+        """The case with this project's own competitors, and the operations of all."""
+        for name, way in self.ways.items():
+            case.functions[f"{OURS} {name}"] = partial(ours, way)
         case.work = dict.fromkeys(case.functions, float(self.operations))
         return case
 
@@ -258,7 +273,7 @@ class Linear(Layer):
     def __init__(self, channels: int, neurons: int, batch: int) -> None:
         super().__init__(Shape(channels, neurons, 1, kernel=1), batch)
         self.name = f"linear, {channels} to {neurons}, batch {batch}"
-        self.algorithms = ("product",)
+        self.ways = {"product": Way("product", self.weight)}
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x.flatten(1), weight.flatten(1), bias)[:, :, None, None]
@@ -266,13 +281,13 @@ class Linear(Layer):
     def input_grad(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         return (grad.flatten(1) @ weight.flatten(1))[:, :, None, None]
 
-    def masked(self, x: Tensor, vectors: Tensors, algorithm: str) -> Tensor:
-        y = masked_linear(x.flatten(1), self.weight.flatten(1), *vectors, activation="relu")
+    def masked(self, x: Tensor, vectors: Tensors, way: Way) -> Tensor:
+        y = masked_linear(x.flatten(1), way.weight.flatten(1), *vectors, activation="relu")
         return y[:, :, None, None]
 
     def masked_grads(
-        self, grad: Tensor, x: Tensor, y: Tensor, u: Tensor, vectors: Tensors, algorithm: str
+        self, grad: Tensor, x: Tensor, y: Tensor, u: Tensor, vectors: Tensors, way: Way
     ) -> tuple[Tensor, Tensor]:
         needs = (True, False, True)
         g, _, sums = torch.ops.mnp_fast.masked_affine_backward(grad, u, y, *vectors, *needs)
-        return sums, self.input_grad(g, x, self.weight)
+        return sums, self.input_grad(g, x, way.weight)

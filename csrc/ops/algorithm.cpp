@@ -3,7 +3,35 @@
 namespace mnp::ops {
 namespace {
 
+constexpr int64_t kFewestTiles = 8;
+
 bool both(const int64_t* values, int64_t value) { return values[0] == value && values[1] == value; }
+
+// Images of results and the channels that are summed over.
+struct Work {
+  int64_t n, rows, cols, depth;
+  int64_t tiles(int64_t edge) const {
+    return n * ((rows + edge - 1) / edge) * ((cols + edge - 1) / edge);
+  }
+};
+
+// Products a result and channel; transforms, which take as long for one neuron as for many, count
+// as more of them. The numbers fit times measured with one thread on AVX2.
+double cost(const Work& work, int64_t edge, double products, double flat, double transforms) {
+  const double results = static_cast<double>(work.n * work.rows * work.cols);
+  return work.tiles(edge) * products / results * (flat + transforms / work.depth);
+}
+
+Algorithm fastest(const Work& work, bool by_two, bool backward) {
+  const bool phases = by_two && backward;  // four short sums, slow for their length
+  const int64_t edge = phases ? 8 : 4;
+  const double direct = phases ? 9.0 / 4 * 1.45 : 9.0;
+  const double four = cost(work, edge, by_two ? 81 : 36, 1.2, 20);
+  const double two = by_two ? direct : cost(work, 2, 16, 1.1, 22);
+  if (work.tiles(edge) >= kFewestTiles && four < direct && four <= two) return Algorithm::winograd4;
+  if (work.tiles(2) >= kFewestTiles && two < direct) return Algorithm::winograd2;
+  return Algorithm::direct;
+}
 
 }  // namespace
 
@@ -26,16 +54,15 @@ Algorithm choose_algorithm(const char* op, const Conv& conv, const std::string& 
   if (!possible || name == "direct" || (backward && by_two && even)) return Algorithm::direct;
   if (name == "winograd2") return Algorithm::winograd2;
   if (name == "winograd4") return Algorithm::winograd4;
-  // Where F(4x4, 3x3) was no slower, measured with one thread on AVX2.
-  const int64_t rows = backward ? conv.h : conv.oh, cols = backward ? conv.w : conv.ow;
-  const int64_t depth = backward ? conv.k : conv.c, edge = backward && by_two ? 8 : 4;
-  const int64_t tiles = conv.n * ((rows + edge - 1) / edge) * ((cols + edge - 1) / edge);
-  // Gradients of weights gain from fewer channels and tiles.
-  const bool easy = result == Result::weight_grad && !by_two;
-  const bool full = conv.n * rows * cols * 16 >= (easy ? 8 : 10) * tiles * edge * edge;
-  const bool large = easy || (depth >= 8 && tiles >= 8);
-  const bool faster = type == ScalarType::Float && large && full;
-  return faster ? Algorithm::winograd4 : Algorithm::direct;
+  if (type != ScalarType::Float) return Algorithm::direct;
+  const Work work{conv.n, backward ? conv.h : conv.oh, backward ? conv.w : conv.ow,
+                  backward ? conv.k : conv.c};
+  if (result != Result::weight_grad) return fastest(work, by_two, backward);
+  // Gradients of weights gain from fewer tiles, with stride 1 from fewer channels too.
+  const int64_t tiles = work.tiles(4), results = work.n * work.rows * work.cols;
+  const bool gains = by_two ? work.depth >= 8 && tiles >= kFewestTiles && results >= 10 * tiles
+                            : results >= 8 * tiles;
+  return gains ? Algorithm::winograd4 : Algorithm::direct;
 }
 
 }  // namespace mnp::ops

@@ -274,24 +274,29 @@ def test_a_sample_does_not_depend_on_its_neighbours(conv, algorithm):
 
 def test_auto_follows_shape_and_dtype():
     def chosen(conv, dtype=torch.float32):
-        """For the output and for the gradient of the weights."""
+        """For the output and for the gradients of input and weight."""
         inputs = conv_inputs(conv, dtype)
-        weight = inputs["weight"].requires_grad_()
+        x, weight = (inputs[name].requires_grad_() for name in ("x", "weight"))
+        names = ["auto", "direct", "winograd4", *["winograd2"] * (conv.stride == (1, 1))]
         results = {}
-        for name in ("auto", "direct", "winograd4"):
+        for name in names:
             y = masked_conv2d(**inputs, **conv.geometry, algorithm=name)
-            results[name] = y, *torch.autograd.grad(y.sum(), weight)
-        for auto, direct, winograd in zip(*results.values(), strict=True):
-            assert not torch.equal(direct, winograd)
-            yield "direct" if torch.equal(auto, direct) else "winograd4"
-            assert torch.equal(auto, direct) or torch.equal(auto, winograd)
+            results[name] = y, *torch.autograd.grad(y.sum(), (x, weight))
+        for auto, *others in zip(*results.values(), strict=True):
+            (same,) = [i for i, other in enumerate(others) if torch.equal(auto, other)]
+            yield names[1 + same]
 
-    assert [*chosen(LAYERS[0])] == ["winograd4", "winograd4"]
-    assert [*chosen(STRIDE_2_LAYERS[0])] == ["winograd4", "winograd4"]
-    assert [*chosen(STRIDE_2["stride 2, one channel"])] == ["direct", "direct"]
-    assert [*chosen(LAYERS[0], torch.float64)] == ["direct", "direct"]
-    assert [*chosen(Conv(2, 3, 7, 7, 5))] == ["direct", "winograd4"]
-    assert [*chosen(SHAPES["one row"])] == ["direct", "direct"]
+    assert [*chosen(LAYERS[0])] == ["winograd4"] * 3
+    assert [*chosen(STRIDE_2_LAYERS[0])] == ["winograd4"] * 3
+    assert [*chosen(STRIDE_2["stride 2, one channel"])] == ["direct"] * 3
+    assert [*chosen(LAYERS[0], torch.float64)] == ["direct"] * 3
+    assert [*chosen(Conv(2, 3, 7, 7, 5))] == ["direct", "direct", "winograd4"]
+    assert [*chosen(SHAPES["one row"])] == ["direct"] * 3
+    assert [*chosen(Conv(8, 64, 2, 2, 64))] == ["winograd2", "winograd2", "direct"]
+    assert [*chosen(Conv(1, 64, 2, 2, 64))] == ["direct"] * 3
+    assert [*chosen(Conv(2, 64, 6, 6, 8))] == ["winograd2", "direct", "winograd4"]
+    assert [*chosen(Conv(1, 12, 12, 12, 20))] == ["winograd4", "winograd4", "winograd4"]
+    assert [*chosen(Conv(8, 16, 16, 16, 32, stride=(2, 2)))] == ["direct", "winograd4", "winograd4"]
 
 
 @pytest.mark.parametrize(
