@@ -257,6 +257,10 @@ class MaskedLinear(_MaskedWeights, nn.Linear):  # type: ignore[misc]  # torch: b
     plain = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.is_nested:  # sequences of several lengths, as torch's encoders make
+            if self.mask.dim() == 2:
+                raise RuntimeError("masks per sample are not possible for nested tensors")
+            return torch.nested.as_nested_tensor([self(part) for part in input.unbind()])
         return masked_linear(input, self.weight, *self.terms())
 
 

@@ -336,6 +336,27 @@ def test_stacks_of_torch(kind, grad):
             assert relative_error(small(*given), masked(*given)) <= 1e-9
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_masked_layers_on_nested_tensors():
+    settings = {"d_model": 12, "nhead": 4, "dim_feedforward": 20, "batch_first": True}
+    model = randomize(Padded(nn.TransformerEncoder(nn.TransformerEncoderLayer(**settings), 2)))
+    x, padding = non_contiguous(2, 7, 12), torch.zeros(2, 7, dtype=torch.bool)
+    padding[1, 4:] = True
+    masked = mnp_fast.wrap(model.eval(), example_inputs=(x, padding))
+    names = list(mnp_fast.masks(masked))
+    assert "stack.layers.1.linear1" in names
+    for mask in mnp_fast.masks(masked).values():
+        mask.data.copy_(torch.linspace(0, 1, len(mask)))
+    expected = mnp_fast.unwrap(masked)(x, padding)  # with gradients, torch nests nothing
+    with torch.no_grad():
+        assert relative_error(masked(x, padding)[~padding], expected[~padding]) <= 1e-9
+        layer = masked.get_submodule("stack.layers.1.linear1")
+        layer.mask = nn.Parameter(torch.ones(2, 20).to(x))
+        nested = torch.nested.as_nested_tensor([x[0], x[1, :4]])
+        with pytest.raises(RuntimeError, match="per sample are not possible for nested"):
+            layer(nested)
+
+
 def test_untraceable_models_without_silent_heads_are_refused():
     model = Reader(randomize(nn.MultiheadAttention(12, 4)), untraceable).double()
     with pytest.raises(ValueError, match="Reader cannot be traced symbolically"):
