@@ -30,7 +30,6 @@ from sklearn.preprocessing import StandardScaler
 from mnp_fast.config import DefenseConfig
 from mnp_fast.data import clean_set
 from mnp_fast.detection import STATISTICS, Calibration, Evidence, gather, judge
-from mnp_fast.detection.evidence import suspect_scores
 from mnp_fast.io import atomic_path, ensure_writable
 from mnp_fast.stats.correlation import Array, draws
 
@@ -279,18 +278,20 @@ def show(
 
 
 def suspects_found(measured: Measured) -> tuple[float, float]:
-    """How well `suspect_scores` find the neurons that carry the backdoor.
+    """How well the scores of neurons find those that carry the backdoor.
 
     The share of carriers among as many first suspects (precision and recall in one), and the area
     under the ROC curve of the scores over all neurons; 0 and a half if no suspect was looked for.
     """
-    scores = suspect_scores(measured.evidence)
+    scores = measured.evidence.changes
     if not scores:
         return 0.0, 0.5
-    values = np.concatenate(list(scores.values()))
+    values = np.concatenate([np.array(s, dtype=np.float64) for s in scores.values()])
     carrier = np.concatenate(
         [np.isin(np.arange(len(s)), measured.carriers[name]) for name, s in scores.items()]
     )
+    known = np.isfinite(values)
+    values, carrier = values[known], carrier[known]
     first = np.argsort(-values, kind="stable")[: carrier.sum()]
     return float(carrier[first].mean()), float(roc_auc_score(carrier, values))
 

@@ -55,11 +55,11 @@ def write_detection(found: Detection, folder: str | os.PathLike[str]) -> Path:
     if not found.suspects:
         return folder
     figure = by_layer(
-        {name: np.array(values) for name, values in found.evidence.saliency.items()},
-        {name: np.array(values) for name, values in found.evidence.support.items()},
+        {name: np.array(found.evidence.saliency[name]) for name in found.evidence.changes},
+        {name: np.array(values) for name, values in found.evidence.changes.items()},
         [(neuron.layer, neuron.index) for neuron in found.suspects],
         xlabel="Clean saliency (taylor, nats)",
-        ylabel=f"Support of class {found.target_class} (nats)",
+        ylabel=f"Change under the offset of class {found.target_class} (z)",
     )
     save_figure(figure, folder / "detection.png")
     return folder

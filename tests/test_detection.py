@@ -20,8 +20,9 @@ from mnp_fast.config import DefenseConfig
 from mnp_fast.demo.digits import Digits
 from mnp_fast.detection import STATISTICS, Calibration, Evidence, judge
 from mnp_fast.detection.calibration import prediction_bound
-from mnp_fast.detection.detect import suspect_neurons
-from mnp_fast.detection.evidence import suspect_class, suspect_scores
+from mnp_fast.detection.detect import SuspectNeuron, suspect_neurons
+from mnp_fast.detection.evidence import suspect_class
+from mnp_fast.stats.changes import change_scores
 
 from .test_benchmarks import call
 from .trained import backdoored, small_net, stripes
@@ -39,7 +40,7 @@ def evidence(**changes):
         "offset_sizes": {0: 0.2, 1: 0.05, 2: 0.4, 3: math.inf},
         "correlations": {"a": 0.5, "b": -0.1, "c": math.nan},
         "deviations": {"a": [0.0, 3.0, math.nan], "b": [-1.0, 2.0]},
-        "support": {"a": [0.0, 0.9, 0.1], "b": [0.2, 0.3]},
+        "changes": {"a": [0.0, 9.0, math.nan], "b": [-1.0, 0.5]},
         "saliency": {"a": [0.5, 0.0, 0.4], "b": [0.2, 0.3]},
     }
     return Evidence(**{**given, **changes})
@@ -90,7 +91,9 @@ def test_statistics_of_a_model_that_shows_nothing():
 def test_evidence_survives_json():
     content = json.loads(json.dumps(evidence(deviations={}).content()))
     assert Evidence.from_content(content) == replace(
-        evidence(deviations={}), correlations=content["correlations"]
+        evidence(deviations={}),
+        correlations=content["correlations"],
+        changes=content["changes"],
     )
 
 
@@ -103,13 +106,59 @@ def test_suspect_class_joins_suppression_and_offset():
     assert suspect_class([[math.nan, 0.2, 0.5, 0.3]], {1: 0.2, 2: 0.3, 3: 0.1}) in (1, 2, 3)
 
 
-def test_suspect_neurons_carry_the_suspect_class_but_not_the_clean_ones():
-    found = suspect_neurons(evidence())
-    assert [(neuron.layer, neuron.index) for neuron in found] == [("a", 1)]
-    scores = suspect_scores(evidence())
-    assert {name: len(values) for name, values in scores.items()} == {"a": 3, "b": 2}
-    assert found[0].z == scores["a"].max()
-    assert suspect_neurons(evidence(support={"a": [], "b": []})) == []
+def test_suspect_neurons_change_most():
+    assert suspect_neurons(evidence()) == [SuspectNeuron("a", 1, 9.0)]
+    assert suspect_neurons(evidence(changes={})) == []
+    many = evidence(changes={"a": list(range(150)), "b": [200.0]})
+    assert [(neuron.layer, neuron.index) for neuron in suspect_neurons(many)] == [
+        ("b", 0),
+        ("a", 149),
+    ]
+
+
+def test_change_scores_by_hand():
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 5, 1),
+        nn.Flatten(2),
+        nn.Linear(12, 7),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(35, 3),
+    ).double()
+    masked = mnp_fast.wrap(model, include=["0", "2"])
+    x, y = torch.rand(2, 4, 2, 3, 4, generator=generator, dtype=torch.float64)
+    found = change_scores(masked, x, y)
+    parts = {"0": model[:1], "2": model[:3].append(Turned())}
+    for name, part in parts.items():
+        with torch.no_grad():
+            distance = (part(y) - part(x)).flatten(2).norm(dim=2).mean(0).numpy()
+        distance /= np.median(distance)
+        scale = max(1.4826 * np.median(abs(distance - 1)), 1 / len(distance))
+        np.testing.assert_allclose(found[name], (distance - 1) / scale, rtol=1e-4)
+
+
+class Turned(nn.Module):
+    """The last axis second."""
+
+    def forward(self, x):
+        return x.movedim(-1, 1)
+
+
+def test_change_scores_of_layers_that_are_not_called():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.fc = nn.MultiheadAttention(8, 4, batch_first=True), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.fc(self.attention(x, x, x)[0].mean(1))
+
+    masked = mnp_fast.wrap(Model().eval())
+    x = torch.rand(3, 5, 8)
+    (found,) = change_scores(masked, x, 2 * x).values()
+    assert len(found) == 4
+    assert np.isnan(found).all()
 
 
 def test_score_threshold_and_p_value():
@@ -203,9 +252,8 @@ def test_detect_on_a_backdoored_model(found):
     assert min(found.evidence.offset_sizes, key=found.evidence.offset_sizes.get) == 0
     assert {name: len(v) for name, v in found.evidence.deviations.items()} == {"1": 8, "4": 16}
     assert len(found.suspects) == 1
-    # The suspect class needs the suspect neuron: without it the offset's loss is higher.
     suspect = found.suspects[0]
-    assert found.evidence.support[suspect.layer][suspect.index] > 0
+    assert suspect.z == max(max(scores) for scores in found.evidence.changes.values()) > 2
 
 
 def test_detect_repeats_itself_and_changes_nothing(found):
@@ -344,8 +392,8 @@ def test_a_model_is_measured(tmp_path):
     content = json.loads(file.read_text())
     assert content["failures"][0] == "ASR below 90 %"
     found = Evidence.from_content(content["evidence"])
-    assert set(content["carriers"]) == set(found.support)
-    count = sum(len(values) for values in found.support.values())
+    assert set(content["carriers"]) == set(found.changes)
+    count = sum(len(values) for values in found.changes.values())
     assert sum(map(len, content["carriers"].values())) >= math.ceil(0.01 * count)
 
 

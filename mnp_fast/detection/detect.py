@@ -13,7 +13,7 @@ from ..data import check_model, clean_set
 from ..distributed import Processes
 from ..progress import progress_bars
 from .calibration import OWN, Calibration
-from .evidence import Evidence, gather, suspect_class, suspect_scores
+from .evidence import Evidence, gather, suspect_class
 from .statistics import STATISTICS
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ SUSPECTS = 0.01  # share of the neurons that are named
 class SuspectNeuron:
     """A neuron: its masked layer, its index there, and its robust z-score.
 
-    The score says how much more the suspect class, under its offset, rests on the neuron than the
-    clean classes do.
+    The score says how far the neuron's outputs move under the suspect class's offset, compared with
+    the other neurons of the layer.
     """
 
     layer: str
@@ -162,11 +162,11 @@ def judge(evidence: Evidence, calibration: Calibration) -> Detection:
 
 
 def suspect_neurons(evidence: Evidence) -> list[SuspectNeuron]:
-    """The 1 % of the neurons with the highest `suspect_scores`, highest first."""
+    """The 1 % of the neurons with the highest scores in `Evidence.changes`, highest first."""
     neurons = [
         SuspectNeuron(name, index, z)
-        for name, scores in suspect_scores(evidence).items()
-        for index, z in enumerate(scores.tolist())
+        for name, scores in evidence.changes.items()
+        for index, z in enumerate(scores)
         if np.isfinite(z)
     ]
     neurons.sort(key=lambda neuron: -neuron.z)

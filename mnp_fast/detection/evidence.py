@@ -17,7 +17,8 @@ from ..data import CleanSet
 from ..exposure import OffsetExposure
 from ..frozen import frozen_weights
 from ..stats import magnitudes
-from ..stats.correlation import Array, deviations, ranks, robust_z, spearman
+from ..stats.changes import change_scores
+from ..stats.correlation import Array, deviations, robust_z, spearman
 from ..stats.saliency import sample_changes
 from ..suppression import favour, suppress
 from ..wrap import masks, wrap
@@ -49,11 +50,11 @@ class Evidence:
         By layer, Spearman's correlation of l1 magnitude and clean saliency; NaN where undefined.
     deviations
         By layer, robust z-score of each neuron's magnitude rank minus saliency rank.
-    support
-        By layer, by how much silencing each neuron raises the loss of the suspect class on images
-        under its offset, in nats and to first order.
+    changes
+        By layer, robust z-score of how far each neuron's outputs move under the suspect class's
+        offset; nothing where no offset was searched for it.
     saliency
-        By layer, the clean saliency, to first order.
+        By layer, the clean saliency, to first order, in nats.
     """
 
     favours: list[list[float]]
@@ -61,7 +62,7 @@ class Evidence:
     offset_sizes: dict[int, float]
     correlations: dict[str, float]
     deviations: dict[str, list[float]]
-    support: dict[str, list[float]]
+    changes: dict[str, list[float]]
     saliency: dict[str, list[float]]
 
     def content(self) -> dict[str, Any]:
@@ -113,12 +114,10 @@ def gather(
             progress.advance(task)
         clean = _means(masked, data)
         progress.advance(task)
-        target = suspect_class(favours, sizes)
-        support = dict.fromkeys(clean, np.zeros(0))
-        if target in searched:
-            shifted = searched[target].images()
-            labels = torch.full_like(data.labels[: len(shifted)], target)
-            support = _means(masked, CleanSet(shifted, labels, data.processes))
+        changes: dict[str, Array] = {}
+        suspect = searched.get(suspect_class(favours, sizes))
+        if suspect is not None:
+            changes = change_scores(masked, suspect.others, suspect.images())
         progress.advance(task)
     sizes_of = {name: _array(values) for name, values in magnitudes(masked).items()}
     saliency = {name: np.abs(values) for name, values in clean.items()}
@@ -128,8 +127,7 @@ def gather(
         sizes,
         {name: float(spearman(sizes_of[name], saliency[name])) for name in clean},
         {name: robust_z(deviations(sizes_of[name], saliency[name])).tolist() for name in clean},
-        # Silencing takes a mask from its value to 0, against the gradient.
-        {name: (-values).tolist() for name, values in support.items()},
+        {name: values.tolist() for name, values in changes.items()},
         {name: values.tolist() for name, values in saliency.items()},
     )
 
@@ -150,21 +148,6 @@ def suspect_class(favours: list[list[float]], sizes: dict[int, float]) -> int:
         lowest = min(by_label.values())
         score = score + np.array([by_label.get(label, lowest) for label in labels])
     return labels[int(np.argmax(score))]
-
-
-def suspect_scores(evidence: Evidence) -> dict[str, Array]:
-    """By layer and neuron, how much more the suspect class rests on a neuron than clean images do.
-
-    Robust z-score, over the model, of the rank by support minus the rank by clean saliency.
-    """
-    names = [name for name, values in evidence.support.items() if values]
-    if not names:
-        return {}
-    support = np.concatenate([evidence.support[name] for name in names])
-    saliency = np.concatenate([evidence.saliency[name] for name in names])
-    scores = robust_z((ranks(support) - ranks(saliency)) / len(support))
-    ends = np.cumsum([len(evidence.support[name]) for name in names])[:-1]
-    return dict(zip(names, np.split(scores, ends), strict=True))
 
 
 def _suspects(favours: list[list[float]], config: DefenseConfig) -> list[int]:
