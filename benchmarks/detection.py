@@ -1,10 +1,10 @@
 """Detection on a population of models: fit on one half, judge the other.
 
+python -m benchmarks.detection                    # the page, from the stored figures
 python -m benchmarks.detection --run              # train and measure what is missing; resumable
-python -m benchmarks.detection                    # from what is on disk
 python -m benchmarks.detection --calibrate FILE   # and write the calibration
 
-Only models on which the attack took (benchmarks.population) are used; the others are counted.
+Only models on which the attack took (benchmarks.population) are used; the others are named.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
@@ -29,12 +28,14 @@ from sklearn.preprocessing import StandardScaler
 
 from mnp_fast.config import DefenseConfig
 from mnp_fast.data import clean_set
-from mnp_fast.detection import STATISTICS, Calibration, Evidence, gather, judge
+from mnp_fast.detection import STATISTICS, Calibration, Evidence, gather
+from mnp_fast.detection.evidence import suspect_class
 from mnp_fast.io import atomic_path, ensure_writable
 from mnp_fast.stats.correlation import Array, draws
 
 from .attacks import ATTACKS
 from .attacks.attack import CLASSES
+from .effectiveness_page import table
 from .oracle import carriers
 from .population import CLEAN, ROOT, STORE, Setting, failures, subject
 
@@ -46,21 +47,51 @@ FEWEST = 3  # clean models to calibrate on
 WIDTHS = (8, 12, 16)
 TEST_SEEDS = 1000  # from here on; those below are for calibration
 EVIDENCE = ROOT / "out" / "detection"
+FIGURES = ROOT / "docs" / "results" / "detection.json"
+PAGE = ROOT / "docs" / "detection.md"
+HEAD = """# Detection on a population of models
+
+Printed by `python -m benchmarks.detection` from stored figures; with `--run` it trains what is
+missing. Half of the seeds calibrate: weights, scales and the threshold come from them alone. The
+others are held back, and all figures but the first column are of those.
+
+- AUROC: the chance that an attacked model scores above a clean one, with a 95 % interval by
+  bootstrap over models.
+- Flagged: models whose score is above the threshold.
+- Carriers: the 1 % of the neurons that the trigger changes most, which only one who has the trigger
+  can tell. Of as many first suspects, the share that are carriers; chance is 1 %. And the AUROC of
+  the neurons' scores; chance is 0.5.
+
+"""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A model, what was gathered on it, the seconds that took, and why its attack did not take.
+    """A model, and what was measured on it.
 
-    `carriers` are by layer the neurons that the trigger changes most (`benchmarks.oracle`); none
-    for clean models.
+    Attributes
+    ----------
+    setting
+        The model.
+    statistics
+        All candidates, by name.
+    target_class
+        The suspect class.
+    carriers_found, neurons_auroc
+        As `suspects_found` says; None for clean models.
+    seconds
+        That gathering the evidence took.
+    failures
+        Why the attack did not take.
     """
 
     setting: Setting
-    evidence: Evidence
+    statistics: dict[str, float]
+    target_class: int
+    carriers_found: float | None
+    neurons_auroc: float | None
     seconds: float
     failures: list[str]
-    carriers: dict[str, list[int]]
 
     @property
     def is_clean(self) -> bool:
@@ -99,6 +130,8 @@ def main(
     ] = None,
     store: Annotated[Path, typer.Option(help="Folder of trained models.")] = STORE,
     folder: Annotated[Path, typer.Option("--evidence", help="Folder of evidence.")] = EVIDENCE,
+    figures: Annotated[Path, typer.Option(help="File of all models' figures.")] = FIGURES,
+    page: Annotated[Path, typer.Option(help="Page to write.")] = PAGE,
     calibrate: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Write the calibration to this file."),
@@ -108,18 +141,21 @@ def main(
         typer.Option(help="Draw the ROC curves of held-back models into this PNG."),
     ] = None,
 ) -> None:
-    """Train a population, gather evidence, fit on calibration seeds, judge test seeds."""
-    console = Console(width=130)
+    """Fit on calibration seeds, judge test seeds, write the page."""
     config = DefenseConfig()
+    stored = _stored(figures)
     measured = []
     for setting in members(attacks.split(","), clean, attacked, epochs):
         file = folder / f"{setting.key}.json"
-        if not file.exists() and run and limit != 0:
-            console.print(f"measuring {setting.key}", highlight=False)
+        if not file.exists() and setting.key not in stored and run and limit != 0:
+            typer.echo(f"measuring {setting.key}")
             measure(setting, store, file, config)
             limit = None if limit is None else limit - 1
         if file.exists():
-            measured.append(_read(setting, file))
+            measured.append(_summary(setting, file))
+        elif setting.key in stored:
+            measured.append(stored[setting.key])
+    _store(measured, figures)
     failed = [m for m in measured if m.failures]
     calibration_half = [m for m in measured if not m.failures and not m.is_test]
     test_half = [m for m in measured if not m.failures and m.is_test]
@@ -131,17 +167,18 @@ def main(
             "attacked ones of two seeds are needed; use --run"
         )
     calibration = fit(calibration_half, config)
-    show(console, calibration, calibration_half, test_half)
-    for m in failed:
-        console.print(f"Not used: {m.setting.key}: {', '.join(m.failures)}", highlight=False)
+    text = HEAD + "\n".join(report(calibration, calibration_half, test_half, failed)) + "\n"
+    with atomic_path(page) as path:
+        path.write_text(text, encoding="utf-8")
+    typer.echo(text)
     if calibrate is not None:
         calibration.save(calibrate)
-        console.print(f"Calibration: {calibrate}")
+        typer.echo(f"Calibration: {calibrate}")
     if roc is not None:
         from mnp_fast.stats_plots import roc_curves
 
         roc_curves(*scores_by_attack(calibration, test_half)).savefig(roc)
-        console.print(f"ROC: {roc}")
+        typer.echo(f"ROC: {roc}")
 
 
 def measure(setting: Setting, store: Path, file: Path, config: DefenseConfig) -> None:
@@ -209,7 +246,7 @@ def fit(measured: list[Measured], config: DefenseConfig) -> Calibration:
 
 def features(measured: list[Measured]) -> Array:
     """(models, statistics)."""
-    return np.array([[f(m.evidence) for f in STATISTICS.values()] for m in measured])
+    return np.array([[m.statistics[name] for name in STATISTICS] for m in measured])
 
 
 def auroc(clean: Array, attacked: Array) -> tuple[float, float, float]:
@@ -230,65 +267,71 @@ def scores_by_attack(
     """Scores of clean models, and of attacked ones by attack."""
     scores: dict[str, list[float]] = {}
     for m in measured:
-        scores.setdefault(m.setting.attack, []).append(calibration.score(m.evidence))
+        scores.setdefault(m.setting.attack, []).append(calibration.score_of(m.statistics))
     clean = np.array(scores.pop(CLEAN, []))
     return clean, {attack: np.array(values) for attack, values in scores.items()}
 
 
-def show(
-    console: Console, calibration: Calibration, known: list[Measured], unseen: list[Measured]
-) -> None:
-    """Print how well each candidate and the score do, and what the verdicts are worth."""
-    table = Table("statistic", "AUROC, calibration seeds", "AUROC, test seeds", "weight")
+def report(
+    calibration: Calibration,
+    known: list[Measured],
+    unseen: list[Measured],
+    failed: list[Measured],
+) -> Iterator[str]:
+    """How well each candidate and the score do, and what the verdicts are worth, as Markdown."""
+    head = ["statistic", "AUROC, calibration seeds", "AUROC, test seeds", "weight"]
+    rows = []
     for i, name in enumerate(STATISTICS):
         cells = [_interval(auroc(*_split(features(half)[:, i], half))) for half in (known, unseen)]
-        table.add_row(name, *cells, f"{calibration.weights[name]:+.2f}")
-    console.print(table)
-    title = f"Held-back models; threshold for {100 * FALSE_ALARMS:g} % false alarms"
-    columns = "attack", "models", "AUROC", "flagged", "target class right"
-    table = Table(*columns, "carriers among suspects", "AUROC of neurons", title=title)
+        rows.append([name, *cells, f"{calibration.weights[name]:+.2f}"])
+    yield table(head, rows)
+    yield f"Held-back models; threshold for {100 * FALSE_ALARMS:g} % false alarms:\n"
+    head = ["attack", "models", "AUROC", "flagged", "target class right"]
+    head += ["carriers among suspects", "AUROC of neurons"]
     clean, attacked = scores_by_attack(calibration, unseen)
     groups: dict[str, list[Measured]] = defaultdict(list)
     for m in unseen:
         groups[m.setting.attack].append(m)
     groups["all attacks"] = [m for m in unseen if not m.is_clean]
     attacked["all attacks"] = np.concatenate([np.zeros(0), *attacked.values()])
+    rows = []
     for attack, models in groups.items():
-        verdicts = [judge(m.evidence, calibration) for m in models]
-        cells = [_share([v.verdict for v in verdicts])]
+        flags = [calibration.score_of(m.statistics) > calibration.threshold for m in models]
+        row = [attack, str(len(models)), "", _share(flags), "", "", ""]
         if attack != CLEAN:
             # Where every class has a target of its own, none is right.
             aimed = [
-                v.target_class == m.setting.target
-                for v, m in zip(verdicts, models, strict=True)
+                m.target_class == m.setting.target
+                for m in models
                 if not m.setting.poisoning.all_to_all
             ]
-            found = np.array([suspects_found(m) for m in models])
-            cells = [_interval(auroc(clean, attacked[attack])), *cells, _share(aimed)]
-            cells += [f"{100 * found[:, 0].mean():.0f} %", f"{found[:, 1].mean():.2f}"]
-        else:
-            cells.insert(0, "")
-        table.add_row(attack, str(len(models)), *cells)
-    console.print(table)
+            row[2], row[4] = _interval(auroc(clean, attacked[attack])), _share(aimed)
+            row[5] = f"{100 * _mean([m.carriers_found for m in models]):.0f} %"
+            row[6] = f"{_mean([m.neurons_auroc for m in models]):.2f}"
+        rows.append(row)
+    yield table(head, rows)
     seconds = np.median([m.seconds for m in (*known, *unseen)])
-    console.print(
-        f"{len(known)} models to calibrate on, {len(unseen)} held back; {seconds:.1f} s a model "
-        "(median)."
+    widths = ", ".join(map(str, sorted({m.setting.width for m in (*known, *unseen)})))
+    yield (
+        f"{len(known)} models to calibrate on, {len(unseen)} held back, ResNet-18 of widths "
+        f"{widths}; {seconds:.0f} s a model (median)."
     )
+    for m in failed:
+        yield f"\nNot used: {m.setting.key}: {', '.join(m.failures)}."
 
 
-def suspects_found(measured: Measured) -> tuple[float, float]:
+def suspects_found(evidence: Evidence, carriers: dict[str, list[int]]) -> tuple[float, float]:
     """How well the scores of neurons find those that carry the backdoor.
 
     The share of carriers among as many first suspects (precision and recall in one), and the area
     under the ROC curve of the scores over all neurons; 0 and a half if no suspect was looked for.
     """
-    scores = measured.evidence.changes
+    scores = evidence.changes
     if not scores:
         return 0.0, 0.5
     values = np.concatenate([np.array(s, dtype=np.float64) for s in scores.values()])
     carrier = np.concatenate(
-        [np.isin(np.arange(len(s)), measured.carriers[name]) for name, s in scores.items()]
+        [np.isin(np.arange(len(s)), carriers[name]) for name, s in scores.items()]
     )
     known = np.isfinite(values)
     values, carrier = values[known], carrier[known]
@@ -306,14 +349,46 @@ def _interval(estimate: tuple[float, float, float]) -> str:
     return "–" if np.isnan(value) else f"{value:.2f} ({low:.2f} to {high:.2f})"
 
 
+def _mean(values: list[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else float("nan")
+
+
 def _share(flags: list[bool]) -> str:
     return f"{sum(flags)} of {len(flags)}"
 
 
-def _read(setting: Setting, file: Path) -> Measured:
+def _summary(setting: Setting, file: Path) -> Measured:
+    """The figures of a model whose evidence was gathered."""
     content: dict[str, Any] = json.loads(file.read_text())
-    evidence = Evidence.from_content(content.pop("evidence"))
-    return Measured(setting, evidence, **content)
+    evidence, carriers = Evidence.from_content(content["evidence"]), content["carriers"]
+    share, area = suspects_found(evidence, carriers) if carriers else (None, None)
+    return Measured(
+        setting,
+        {name: function(evidence) for name, function in STATISTICS.items()},
+        suspect_class(evidence.favours, evidence.offset_sizes),
+        share,
+        area,
+        content["seconds"],
+        content["failures"],
+    )
+
+
+def _store(measured: list[Measured], file: Path) -> None:
+    with atomic_path(file) as path:
+        rows = [asdict(m) for m in measured]
+        path.write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _stored(file: Path) -> dict[str, Measured]:
+    """By the settings' keys; none where there is no file."""
+    if not file.exists():
+        return {}
+    rows = [
+        Measured(**{**row, "setting": Setting(**row["setting"])})
+        for row in json.loads(file.read_text())
+    ]
+    return {row.setting.key: row for row in rows}
 
 
 if __name__ == "__main__":

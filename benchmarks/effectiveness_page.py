@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def _summary(found: list[CellFigures]) -> str:
             ]
         )
     head = ["defense", "models", "ACC lost", "ASR", "highest ASR", "robust ACC"]
-    return _table([*head, "ACC lost of clean models", "neurons pruned (%)", "seconds"], rows)
+    return table([*head, "ACC lost of clean models", "neurons pruned (%)", "seconds"], rows)
 
 
 def _models(found: list[CellFigures]) -> str:
@@ -122,7 +122,7 @@ def _models(found: list[CellFigures]) -> str:
             verdict,
         ]
     ordered = [rows[key] for key in sorted(rows)]
-    return _table(["attack", "seed", *COLUMNS.values(), "check"], ordered)
+    return table(["attack", "seed", *COLUMNS.values(), "check"], ordered)
 
 
 def _details(found: list[CellFigures]) -> str:
@@ -139,7 +139,7 @@ def _details(found: list[CellFigures]) -> str:
         ]
         cut = _mean(cell["pruned"] for cell in cells)
         rows.append([attack, name, *columns, cut, _mean(cell["s"] for cell in cells)])
-    text = _table(["attack", "defense", "ACC", "ASR", "robust ACC", "pruned", "seconds"], rows)
+    text = table(["attack", "defense", "ACC", "ASR", "robust ACC", "pruned", "seconds"], rows)
     for figures in found:
         if "error" in figures:
             seed = figures["cell"]["setting"]["seed"]
@@ -192,6 +192,7 @@ def _mean(values: Iterable[float]) -> str:
     return f"{statistics.mean(values):.1f}{spread}"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: Sequence[str], rows: list[list[str]]) -> str:
+    """Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

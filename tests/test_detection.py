@@ -312,6 +312,7 @@ def population(tmp_path, monkeypatch):
 
     monkeypatch.setattr(benchmark, "measure", measure)
     options = "--attacks", ",".join(ATTACKS), "--evidence", tmp_path, "--clean", 8
+    options += "--figures", tmp_path / "figures", "--page", tmp_path / "page"
     return tmp_path, measured, options
 
 
@@ -334,8 +335,13 @@ def test_benchmark_of_detection(population):
     known = Calibration.load(file)
     assert known.population["count"] == {CLEAN: 4, **dict.fromkeys(ATTACKS, 2)}
     assert all(member["seed"] < TEST_SEEDS for member in known.population["members"])
-    call(benchmark.main, *options, "--run")
+    assert (folder / "page").read_text() in result.output
+    for evidence_file in folder.glob("*.json"):
+        evidence_file.unlink()
+    again = call(benchmark.main, *options, "--run", "--calibrate", folder / "again")
     assert len(measured) == 8 + 4 * len(ATTACKS)  # nothing is measured twice
+    assert (folder / "page").read_text() in again.output
+    assert (folder / "again").read_text() == file.read_text()
 
 
 def test_held_back_models_do_not_touch_the_calibration(population):

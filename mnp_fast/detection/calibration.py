@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,12 @@ class Calibration:
 
     def score(self, evidence: Evidence) -> float:
         """The weighted sum of the statistics."""
+        return self.score_of({name: STATISTICS[name](evidence) for name in self.weights})
+
+    def score_of(self, statistics: Mapping[str, float]) -> float:
+        """The same, given the statistics by name."""
         return self.intercept + sum(
-            weight * (STATISTICS[name](evidence) - self.means[name]) / self.scales[name]
+            weight * (statistics[name] - self.means[name]) / self.scales[name]
             for name, weight in self.weights.items()
         )
 
