@@ -316,6 +316,11 @@ def report(
         f"{len(known)} models to calibrate on, {len(unseen)} held back, ResNet-18 of widths "
         f"{widths}; {seconds:.0f} s a model (median)."
     )
+    yield f"\nNot flagged, with their scores (threshold {calibration.threshold:.2f}):\n"
+    for m in groups["all attacks"]:
+        score = calibration.score_of(m.statistics)
+        if score <= calibration.threshold:
+            yield f"- {m.setting.key}: {score:.2f}"
     for m in failed:
         yield f"\nNot used: {m.setting.key}: {', '.join(m.failures)}."
 
