@@ -24,10 +24,10 @@ Handwritten digits, ResNet-18 of width 16, 10 % of the training images poisoned,
 defense has 100 clean images that were not trained on and default settings. Accuracy (ACC) and
 attack success rate (ASR) in percent, on 500 held-back images; the number of neurons pruned; the
 class the defense suspects. `none` is a model without a backdoor.
-Defaults were chosen on seeds 10 to 16, with exceptions: the limit of the cut went from 2 % to 3 % of
-the neurons after SIG with seed 0 failed; `max_exposed` went from 8 to 10, and `max_drop` got its
-standard error on top, after BadNets with seed 0, trained with one thread, was left uncut. Seconds on
-two cores. Printed by `python -m benchmarks.demo_results`.
+Defaults were chosen on seeds 10 to 16, with exceptions: the limit of the cut went from 2 % to 3 %
+of the neurons after SIG with seed 0 failed; `max_exposed` went from 8 to 10, and `max_drop` got its
+standard error on top, after BadNets with seed 0, trained with one thread, was left uncut. Seconds
+on two cores. Printed by `python -m benchmarks.demo_results`.
 
 | attack | seed | ACC before | ACC after | ASR before | ASR after | pruned | suspect | defense (s) |
 |---|---|---|---|---|---|---|---|---|

@@ -83,6 +83,8 @@ class Measured:
         That gathering the evidence took.
     failures
         Why the attack did not take.
+    correlations
+        Of magnitude and clean saliency, by depth; None where undefined.
     """
 
     setting: Setting
@@ -92,6 +94,7 @@ class Measured:
     neurons_auroc: float | None
     seconds: float
     failures: list[str]
+    correlations: list[float | None]
 
     @property
     def is_clean(self) -> bool:
@@ -140,6 +143,10 @@ def main(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Draw the ROC curves of held-back models into this PNG."),
     ] = None,
+    depth: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Draw correlations by depth, clean and attacked, into this PNG."),
+    ] = None,
 ) -> None:
     """Fit on calibration seeds, judge test seeds, write the page."""
     config = DefenseConfig()
@@ -179,6 +186,16 @@ def main(
 
         roc_curves(*scores_by_attack(calibration, test_half)).savefig(roc)
         typer.echo(f"ROC: {roc}")
+    if depth is not None:
+        from mnp_fast.stats_plots import correlation_by_depth
+
+        groups: dict[str, list[Array]] = {"clean": [], "backdoored": []}
+        for m in (*calibration_half, *test_half):
+            groups["clean" if m.is_clean else "backdoored"].append(
+                np.array([m.correlations], float)
+            )
+        correlation_by_depth(groups).savefig(depth)
+        typer.echo(f"Correlations: {depth}")
 
 
 def measure(setting: Setting, store: Path, file: Path, config: DefenseConfig) -> None:
@@ -376,6 +393,7 @@ def _summary(setting: Setting, file: Path) -> Measured:
         area,
         content["seconds"],
         content["failures"],
+        [c if np.isfinite(c) else None for c in evidence.correlations.values()],
     )
 
 

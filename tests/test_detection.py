@@ -322,8 +322,9 @@ def test_benchmark_of_detection(population):
     result = call(benchmark.main, *options)
     assert result.exit_code == 2
     assert "0 models to calibrate on" in result.output
-    file, image = folder / "calibration", folder / "roc.png"
-    result = call(benchmark.main, *options, "--run", "--calibrate", file, "--roc", image)
+    file, image, depth = folder / "calibration", folder / "roc.png", folder / "depth.png"
+    pictures = "--roc", image, "--depth", depth
+    result = call(benchmark.main, *options, "--run", "--calibrate", file, *pictures)
     assert result.exit_code == 0, result.output
     assert len(measured) == 8 + 4 * len(ATTACKS)
     assert "1.00 (1.00 to 1.00)" in result.output
@@ -332,6 +333,7 @@ def test_benchmark_of_detection(population):
     assert "100 %" in result.output  # the suspects
     assert "Not used: blend-1001-resnet18-16-16-digits-20-1: ASR below 90 %" in result.output
     assert image.read_bytes().startswith(b"\x89PNG")
+    assert depth.read_bytes().startswith(b"\x89PNG")
     known = Calibration.load(file)
     assert known.population["count"] == {CLEAN: 4, **dict.fromkeys(ATTACKS, 2)}
     assert all(member["seed"] < TEST_SEEDS for member in known.population["members"])
