@@ -163,7 +163,9 @@ def test_float32(name):
     data = CleanSet(torch.randn(9, 3, 16, 16), torch.arange(9) % 3)
     found = ablation(masked, data)
     exact = naive(masked.double(), CleanSet(data.images.double(), data.labels), 9)
-    assert_same(found, exact, 1e-4)
+    # Losses are rounded to about 1e-6 nats, whatever the algorithm; changes can be smaller.
+    for name, expected in exact.items():
+        assert (found[name] - expected).abs().max() <= 5e-6, name
 
 
 def test_a_hook_is_not_left_out():
