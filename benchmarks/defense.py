@@ -22,7 +22,7 @@ from mnp_fast.demo.attacks import badnets
 from mnp_fast.demo.digits import load_digits
 from mnp_fast.demo.run import measure, trained_model
 from mnp_fast.exposure import OffsetExposure, WeightExposure
-from mnp_fast.objectives import MaskFit
+from mnp_fast.objectives import MaskFit, exposed_loss
 from mnp_fast.result import DefenseResult
 from mnp_fast.seeds import FIT
 
@@ -57,7 +57,8 @@ class PlainDefense(_Defense):
                     (mask * size).sum()
                     for mask, size in zip(fit.masks, fit.magnitudes, strict=True)
                 ]
-                loss = fit.loss(images, labels, epoch * len(batches) + index)
+                step = epoch * len(batches) + index
+                loss = exposed_loss(self.masked, exposure, images, labels, step, config.alpha)
                 loss = loss + config.weight_penalty * torch.stack(kept).sum()
                 loss.backward()
                 optimizer.step()
@@ -79,7 +80,8 @@ def cases(quick: bool) -> Iterator[Case]:
         def function() -> Tensors:
             result = run()
             after = measure(result.model, digits, badnets)
-            found = after["accuracy"], after["asr"], len(result.pruned), result.target
+            target = -1 if result.target is None else result.target
+            found = after["accuracy"], after["asr"], len(result.pruned), target
             return (torch.tensor(found, dtype=torch.float64),)
 
         return function

@@ -38,7 +38,7 @@ class DefenseConfig:
         The ascent stops once the clean accuracy is at most this, in percent.
     suspects
         At most so many classes, those that suppressed weights favour most, are searched for an
-        offset; the one with the smallest is the suspect class.
+        offset; the nearest one is the suspect class (see `conspicuous`).
     offset_steps
         Steps of the first search for an offset; a renewed one takes `offset_steps // 2`, and one
         that starts from its predecessor `offset_steps // 6`.
@@ -52,16 +52,24 @@ class DefenseConfig:
         The cut shall bring the exposure's success down to this, in percent of images.
     max_pruned
         Largest share of the neurons, in (0, 1], that may be cut; twice as many where the
-        suspect class is conspicuous.
+        suspect is conspicuous.
     few
         So many neurons, at least 1, may be cut in any network, whatever their share: how many
-        carry a backdoor depends little on how wide the network is.
+        carry a backdoor depends little on how wide the network is. Twice as many as well.
     max_drop
         Largest loss of clean accuracy, in points, that the cut may cost on the clean set, and
-        its standard error on top; twice as much where the suspect class is conspicuous.
+        its standard error on top.
     conspicuous
-        The suspect class is conspicuous if its offset has at most this share of the median size of
-        the other suspects' offsets, in [0, 1].
+        The suspect class is conspicuous if its distance is at most this, in [0, 1]: the size of
+        its offset over the median of the other suspects', less a quarter of the softmax that
+        suppressed weights give it. If it is, and no cut stops the exposure within the limits, the
+        first neurons that cost no more than `max_drop` are cut, and the rest is repaired.
+    untargeted
+        Where no class is conspicuous: an offset that leads away from all classes is, if its size
+        is at most this share of the median of the suspects', in [0, 1].
+    repair_epochs, repair_lr
+        Of Adam on scales and shifts of norms, and on biases, in a repair; without epochs there is
+        none.
     shards
         Parts that a batch is computed in, at least 1. With the same number, results are the same
         to the last bit however many processes share the parts, with as many threads each; their
@@ -95,10 +103,13 @@ class DefenseConfig:
     fit_lr: float = 0.05
     fit_momentum: float = 0.9
     max_exposed: float = 10.0
-    max_pruned: float = 0.03
-    few: int = 36
+    max_pruned: float = 0.015
+    few: int = 18
     max_drop: float = 3.0
-    conspicuous: float = 0.65
+    conspicuous: float = 0.7
+    untargeted: float = 0.9
+    repair_epochs: int = 20
+    repair_lr: float = 0.01
     shards: int = 1
     seed: int = 0
 
@@ -149,6 +160,9 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "few": _COUNT,
     "max_drop": (0.0, 100.0, "between 0 and 100 points"),
     "conspicuous": (0.0, 1.0, "between 0 and 1"),
+    "untargeted": (0.0, 1.0, "between 0 and 1"),
+    "repair_epochs": (0, _BIG, "at least 0"),
+    "repair_lr": _POSITIVE,
     "shards": _COUNT,
     "seed": (0, 2**31 - 1, "between 0 and 2147483647"),
 }

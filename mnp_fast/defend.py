@@ -16,16 +16,18 @@ import torch
 from .config import DefenseConfig
 from .data import CleanSet, check_model, clean_set, evaluate
 from .distributed import Processes
-from .exposure import OffsetExposure, WeightExposure, is_conspicuous
+from .exposure import OffsetExposure, WeightExposure
 from .fingerprint import fingerprint, tensors_of
 from .frozen import frozen_weights
 from .io import ensure_writable, load_checkpoint, save_checkpoint
 from .objectives import MaskFit
 from .progress import progress_bars
-from .result import DefenseResult, EpochRecord, LayerNeurons
-from .selection import choose, cut_points, prune, pruning_order
+from .repair import Repair
+from .result import CutPoint, DefenseResult, EpochRecord, LayerNeurons
+from .selection import admissible, affordable, choose, cut_points, prune, pruning_order
 from .stats import magnitudes, saliency
 from .suppression import favoured_classes, suppress
+from .suspects import distances, is_conspicuous, is_untargeted
 from .wrap import masks, unwrap, wrap
 
 if TYPE_CHECKING:
@@ -51,7 +53,8 @@ def defend(
     clean predictions against the exposure under a penalty on the magnitude they keep
     (Magnitude-based Neuron Pruning, arXiv 2405.17750; where the paper is silent, and how the
     default exposure differs, see `DefenseConfig`); the neurons of lowest mask are pruned, as few
-    as stop the exposure. No trigger, poisoned image or target class is needed.
+    as stop the exposure. What no such cut stops is repaired in norms and biases, if a backdoor is
+    conspicuous. No trigger, poisoned image or target class is needed.
 
     Parameters
     ----------
@@ -103,9 +106,12 @@ class _State:
     """Where a run stands: all that a checkpoint holds."""
 
     epochs: dict[str, int] = field(default_factory=lambda: {"suppress": 0, "expose": 0, "fit": 0})
-    suspects: list[int] = field(default_factory=list)
-    target: int = -1
+    favours: dict[int, float] = field(default_factory=dict)
     offset_sizes: dict[int, float] = field(default_factory=dict)
+    offsets: dict[int, dict[str, Any]] = field(default_factory=dict)
+    untargeted_size: float | None = None
+    target: int | None = None
+    conspicuous: bool = False
     history: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     suppressed: dict[str, Tensor] = field(default_factory=dict)
@@ -159,7 +165,7 @@ class _Defense:
         if state.suppressed:
             suppressed.load_state_dict(state.suppressed, strict=False)
         with self._task("Suppressing", self.config.suppress_epochs, "suppress") as advance:
-            if state.suspects:
+            if state.favours:
                 return suppressed
             start = time.perf_counter()
             for accuracy, loss in suppress(
@@ -172,29 +178,47 @@ class _Defense:
                 self._record("suppress", -loss, accuracy, start)
                 advance()
                 start = time.perf_counter()
-        state.suspects = favoured_classes(suppressed, self.data)[: self.config.suspects]
+        favours = favoured_classes(suppressed, self.data)
+        state.favours = dict(list(favours.items())[: self.config.suspects])
         self._save()
         return suppressed
 
     def _expose(self, suppressed: nn.Module) -> OffsetExposure | WeightExposure:
-        """The exposure of the suspect class: the one whose offset is smallest."""
+        """The exposure of the nearest suspect class, or of all classes where that is suspect."""
         state, config = self.state, self.config
         if config.exposure == "weights":
-            state.target = state.suspects[0]
+            state.target = next(iter(state.favours))
             return WeightExposure(self.masked, suppressed, self.data, state.target, config)
-        with self._task("Exposing", len(state.suspects), "expose") as advance:
-            for suspect in state.suspects[state.epochs["expose"] :]:
+        suspects: list[int | None] = [*state.favours, None]
+        with self._task("Exposing", len(suspects), "expose") as advance:
+            for suspect in suspects[state.epochs["expose"] :]:
                 start = time.perf_counter()
-                exposure = OffsetExposure(self.masked, self.data, suspect, config)
-                size = exposure.start()
-                if not state.offset_sizes or size < min(state.offset_sizes.values()):
-                    state.target, state.exposure = suspect, exposure.state()
-                state.offset_sizes[suspect] = size
+                if suspect is not None:
+                    exposure = OffsetExposure(self.masked, self.data, suspect, config)
+                    state.offset_sizes[suspect] = exposure.start()
+                    state.offsets[suspect] = exposure.state()
+                else:
+                    self._suspect()
                 self._advance("expose", time.perf_counter() - start)
                 advance()
         exposure = OffsetExposure(self.masked, self.data, state.target, config)
         exposure.load(state.exposure)
         return exposure
+
+    def _suspect(self) -> None:
+        """Choose what to work against, by all offsets that were found."""
+        state, config = self.state, self.config
+        found = distances(state.offset_sizes, state.favours)
+        state.target = min(found, key=found.__getitem__)
+        state.exposure = state.offsets[state.target]
+        state.conspicuous = is_conspicuous(state.offset_sizes, state.favours, config)
+        state.offsets = {}
+        if state.conspicuous or not config.untargeted:
+            return
+        exposure = OffsetExposure(self.masked, self.data, None, config)
+        state.untargeted_size = exposure.start()
+        if is_untargeted(state.untargeted_size, state.offset_sizes, config):
+            state.target, state.exposure, state.conspicuous = None, exposure.state(), True
 
     def _fit(self, exposure: OffsetExposure | WeightExposure) -> None:
         state = self.state
@@ -230,29 +254,62 @@ class _Defense:
             for name, magnitude in magnitudes(self.masked).items()
         }
         order = pruning_order(neurons)
-        conspicuous = is_conspicuous(self.state.offset_sizes.values(), self.config)
+        conspicuous = self.state.conspicuous
         points = cut_points(self.masked, order, exposure, self.data, self.config, conspicuous)
         curve = []
         with self._task("Cutting", None, None) as advance:
             for point in points:
                 curve.append(point)
                 advance()
-        cut = choose(curve, len(self.data), self.config, conspicuous)
+        cut, repaired = choose(curve, len(self.data), self.config), None
         prune(self.masked, order[: cut.pruned])
         seconds = {**self.state.seconds, "select": time.perf_counter() - start}
+        if cut is curve[0] and conspicuous and self.config.repair_epochs:
+            start = time.perf_counter()
+            most = affordable(curve, self.config)
+            prune(self.masked, order[: most.pruned])
+            repaired = self._repair(exposure, curve[0], most)
+            if repaired is not None:
+                cut = most
+            prune(self.masked, order[: cut.pruned])
+            seconds["repair"] = time.perf_counter() - start
         return DefenseResult(
             model=self._purified(),
             neurons=neurons,
             pruned=order[: cut.pruned],
             curve=curve,
             cut=cut,
+            repaired=repaired,
             target=self.state.target,
             conspicuous=conspicuous,
             offset_sizes=self.state.offset_sizes,
+            untargeted_size=self.state.untargeted_size,
             history=[EpochRecord(**record) for record in self.state.history],
             seconds=seconds,
             config=self.config,
         )
+
+    def _repair(
+        self, exposure: OffsetExposure | WeightExposure, before: CutPoint, cut: CutPoint
+    ) -> CutPoint | None:
+        """Quality after a repair of what the cut leaves; None, and undone, if it costs too much."""
+        repair = Repair(self.masked, exposure, self.data, self.config)
+        if not repair.vectors:
+            return None
+        with self._task("Repairing", self.config.repair_epochs, None) as advance:
+            start = time.perf_counter()
+            for epoch, objective in enumerate(repair.epochs(), 1):
+                accuracy, loss = evaluate(self.masked, self.data)
+                seconds = time.perf_counter() - start
+                record = EpochRecord("repair", epoch, objective, accuracy, seconds)
+                self.state.history.append(asdict(record))
+                advance()
+                start = time.perf_counter()
+        point = CutPoint(cut.pruned, accuracy, loss, exposure.success())
+        if admissible(before, point, len(self.data), self.config):
+            return point
+        repair.undo()
+        return None
 
     def _purified(self) -> nn.Module:
         """The masked model made plain, in the given model's modes."""

@@ -9,13 +9,13 @@ that the suspect with the smallest offset is the attacker's.
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .data import predict
 from .wrap import masked_layers, masks, wrap
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 MARGIN = 2.0  # logits by which a searched offset shall make its class overtake all others
 POOL = 3  # offsets kept: masks that stop only the last one found let earlier ones work again
 REACHED = 50.0  # percent of images that an offset must send to its class to count
-RIVALS = 4  # other suspects without which the size of an offset says nothing
 WIDENED = 1.5  # factor on the first offset in `success`: a cut shall stop more than was seen
 
 
@@ -96,16 +95,19 @@ class OffsetExposure:
     data
         The clean set.
     target
-        The suspect class.
+        The suspect class; None for an offset that leads away from every image's own class,
+        whatever to.
     config
         Its `offset_*`.
     """
 
     def __init__(
-        self, masked: nn.Module, data: CleanSet, target: int, config: DefenseConfig
+        self, masked: nn.Module, data: CleanSet, target: int | None, config: DefenseConfig
     ) -> None:
         self.model, self.config, self.target = masked, config, target
-        self.others, self.processes = data.images[data.labels != target], data.processes
+        others = torch.ones_like(data.labels).bool() if target is None else data.labels != target
+        self.others, self.labels = data.images[others], data.labels[others]
+        self.processes = data.processes
         self.low, self.high = (float(bound) for bound in data.images.aminmax())
         self.reach = max(self.high - self.low, torch.finfo(data.images.dtype).tiny)
         self.first = torch.zeros_like(data.images[:1])
@@ -163,6 +165,8 @@ class OffsetExposure:
     def _reached(self, offset: Tensor) -> float:
         """Percent of other classes' images that an offset sends to the class."""
         logits = predict(self.model, self._shifted(self.others, offset), self.processes)
+        if self.target is None:
+            return 100 * (logits.argmax(1) != self.labels).double().mean().item()
         return _share(logits, self.target)
 
     def _mean_square(self, offset: Tensor) -> Tensor:
@@ -171,42 +175,37 @@ class OffsetExposure:
     def _search(self, steps: int, start: Tensor | None = None) -> Tensor:
         """An offset (1, *), small in mean square, by clean suppression with decay.
 
-        Adam on a hinge that asks the suspect class to overtake all others by `MARGIN`, plus
-        `offset_decay` times the offset's mean square in units of the images' range.
+        Adam on a hinge that asks the suspect class to overtake all others by `MARGIN` (without
+        one, any class to overtake the image's own), plus `offset_decay` times the offset's mean
+        square in units of the images' range.
         """
         offset = torch.zeros_like(self.others[:1]) if start is None else start.clone()
         offset.requires_grad_(True)
         optimizer = torch.optim.Adam([offset], lr=self.config.offset_lr * self.reach)
-        parts = self.processes.parts(self.others)
+        parts = self.processes.parts(self.others, self.labels)
         with _constant(list(masks(self.model).values())):
             for _ in range(steps):
-                losses = [share * self._distance(others, offset) for (others,), share in parts]
+                losses = [
+                    share * self._distance(others, labels, offset)
+                    for (others, labels), share in parts
+                ]
                 addends = [torch.autograd.grad(loss, [offset]) for loss in losses]
                 (offset.grad,) = self.processes.sum(addends)
                 optimizer.step()
         self.processes.equalize([offset])
         return offset.detach()
 
-    def _distance(self, images: Tensor, offset: Tensor) -> Tensor:
+    def _distance(self, images: Tensor, labels: Tensor, offset: Tensor) -> Tensor:
         """What the search makes small: the hinge, and the offset's size."""
         logits = self.model(self._shifted(images, offset))
-        rivals = logits.clone()
-        rivals[:, self.target] = -torch.inf
-        hinge = (rivals.amax(1) - logits[:, self.target] + MARGIN).relu().mean()
+        chosen = F.one_hot(
+            labels if self.target is None else torch.full_like(labels, self.target),
+            logits.shape[1],
+        ).bool()
+        of_class, rivals = logits[chosen], logits.masked_fill(chosen, -torch.inf).amax(1)
+        behind = of_class - rivals if self.target is None else rivals - of_class
+        hinge = (behind + MARGIN).relu().mean()
         return hinge + self.config.offset_decay * self._mean_square(offset)
-
-
-def is_conspicuous(sizes: Iterable[float], config: DefenseConfig) -> bool:
-    """Whether the smallest of the suspects' offsets is far smaller than is usual for the others.
-
-    Backdoors are short ways to their class. Never with less than `RIVALS` others to compare with.
-    """
-    smallest, *others = sorted(sizes) or [math.inf]
-    return (
-        len(others) >= RIVALS
-        and math.isfinite(smallest)
-        and smallest <= config.conspicuous * statistics.median(others)
-    )
 
 
 def _share(logits: Tensor, target: int) -> float:

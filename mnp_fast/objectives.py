@@ -24,6 +24,24 @@ if TYPE_CHECKING:
     from .exposure import OffsetExposure, WeightExposure
 
 
+def exposed_loss(
+    masked: nn.Module,
+    exposure: OffsetExposure | WeightExposure,
+    images: Tensor,
+    labels: Tensor,
+    step: int,
+    alpha: float,
+) -> Tensor:
+    """Clean preserving and recovery on a batch, weighted by alpha, in nats."""
+    parts = []
+    if alpha > 0:
+        parts.append(alpha * F.cross_entropy(masked(images), labels))
+    if alpha < 1:
+        exposed = exposure.logits(images, step)
+        parts.append((1 - alpha) * F.cross_entropy(exposed, labels))
+    return torch.stack(parts).sum()
+
+
 class MaskFit:
     """Projected SGD on the masks of a wrapped network.
 
@@ -69,7 +87,14 @@ class MaskFit:
             for index, batch in enumerate(batches):
                 addends = []
                 for (images, labels), share in processes.parts(*batch):
-                    part = share * self.loss(images, labels, number * len(batches) + index)
+                    part = share * exposed_loss(
+                        self.masked,
+                        self.exposure,
+                        images,
+                        labels,
+                        number * len(batches) + index,
+                        config.alpha,
+                    )
                     own = torch.autograd.grad(part, self.masks, materialize_grads=True)
                     addends.append([*own, part])
                 *grads, loss = processes.sum(addends)
@@ -86,16 +111,6 @@ class MaskFit:
                 total += (loss.item() + config.weight_penalty * penalty) * len(batch[0])
         processes.equalize([*self.masks, *self.velocities])
         return total / len(self.data)
-
-    def loss(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
-        """Clean preserving and recovery on a batch, weighted by alpha, in nats."""
-        alpha, parts = self.config.alpha, []
-        if alpha > 0:
-            parts.append(alpha * F.cross_entropy(self.masked(images), labels))
-        if alpha < 1:
-            exposed = self.exposure.logits(images, step)
-            parts.append((1 - alpha) * F.cross_entropy(exposed, labels))
-        return torch.stack(parts).sum()
 
     @torch.no_grad()
     def penalty(self) -> float:

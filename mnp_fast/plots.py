@@ -28,7 +28,11 @@ GRID = "#e4e8ec"
 KEPT = "#2f6f9f"
 PRUNED = "#c8442b"
 EXPOSED = "#b07a1e"
-PHASES = {"suppress": ("Suppression", EXPOSED), "fit": ("Mask fitting", KEPT)}
+PHASES = {
+    "suppress": ("Suppression", EXPOSED),
+    "fit": ("Mask fitting", KEPT),
+    "repair": ("Repair", PRUNED),
+}
 BINS = 40
 SIZE = (5.2, 3.2)
 

@@ -70,6 +70,7 @@ PHASE_NAMES = {
     "expose": "Exposure",
     "fit": "Mask fitting",
     "select": "Choice of the cut",
+    "repair": "Repair",
 }
 _ID = re.compile(r'(\bid="|href="#|url\(#)')
 
@@ -160,7 +161,7 @@ def render_page(result: DefenseResult, content: dict[str, Any]) -> str:
         content=content,
         attack=_attack_rows(content),
         summary=_summary_rows(result),
-        nothing_cut=result.cut.pruned == 0,
+        nothing_cut=result.cut.pruned == 0 and result.repaired is None,
         layers=_layer_rows(result),
         sections=[
             {"title": heading, "note": note, "svg": _svg(draw(result), index)}
@@ -191,8 +192,10 @@ def _attack_rows(content: dict[str, Any]) -> list[dict[str, Any]]:
 def _summary_rows(result: DefenseResult) -> list[tuple[str, str]]:
     total = sum(len(layer.mask) for layer in result.neurons.values())
     share = 100 * len(result.pruned) / max(total, 1)
-    rows = [("Suspect class", str(result.target)), *_offset_rows(result)]
+    rows = [("Suspect", result.suspect), *_offset_rows(result)]
     points = [("at the cut", result.cut)]
+    if result.repaired is not None:
+        points.append(("after the repair", result.repaired))
     if result.curve and result.curve[0].pruned == 0:
         points.insert(0, ("before the cut", result.curve[0]))
     rows += [(f"Exposure's success {when}", f"{_number(at.exposed)} %") for when, at in points]
@@ -211,13 +214,16 @@ def _summary_rows(result: DefenseResult) -> list[tuple[str, str]]:
 
 def _offset_rows(result: DefenseResult) -> list[tuple[str, str]]:
     """How far the suspect class is from the images, beside the other suspects."""
-    if result.target not in result.offset_sizes:
+    size = result.untargeted_size
+    if result.target is not None:
+        size = result.offset_sizes.get(result.target)
+    if size is None:
         return []
-    others = [size for label, size in result.offset_sizes.items() if label != result.target]
-    rows = [("Size of its offset", _share_of_range(result.offset_sizes[result.target]))]
+    others = [other for label, other in result.offset_sizes.items() if label != result.target]
+    rows = [("Size of its offset", _share_of_range(size))]
     if others:
         rows.append(("Median size of the other offsets", _share_of_range(median(others))))
-    return [*rows, ("Conspicuously small", "yes" if result.conspicuous else "no")]
+    return [*rows, ("Conspicuous", "yes" if result.conspicuous else "no")]
 
 
 def _share_of_range(size: float) -> str:

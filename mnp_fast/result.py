@@ -37,7 +37,7 @@ class CutPoint:
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """One epoch of a phase (`"suppress"` or `"fit"`).
+    """One epoch of a phase (`"suppress"`, `"fit"` or `"repair"`).
 
     `loss` is the phase's objective in nats (for `"suppress"` the clean loss, negated), `accuracy`
     the clean accuracy in percent after the epoch of the model the phase works on, `seconds` the
@@ -81,14 +81,20 @@ class DefenseResult:
         Quality on the clean set against neurons cut, in increasing order of `pruned`.
     cut
         The point of `curve` that was chosen.
+    repaired
+        Quality on the clean set after the repair, if there was one: the `cut` alone did not stop
+        the exposure. None if scales, shifts and biases are as they were.
     target
-        The suspect class: the one with the smallest offset, or the one that suppressed weights
-        favour most.
+        The suspect class: the nearest by offset and suppression, or with exposure by weights the
+        one that suppressed weights favour most. None if an offset away from all classes is what
+        is suspect.
     conspicuous
-        Whether that offset is so small beside the others that a backdoor is likely.
+        Whether it is so near beside the others that a backdoor is likely.
     offset_sizes
         By suspect class, the size of the offset that leads to it, as root mean square in units of
         the images' range of values; infinite where none was found. Empty with exposure by weights.
+    untargeted_size
+        Size of the offset that leads away from all classes; None if it was not searched.
     history
         One record an epoch.
     seconds
@@ -102,9 +108,11 @@ class DefenseResult:
     pruned: list[PrunedNeuron]
     curve: list[CutPoint]
     cut: CutPoint
-    target: int
+    repaired: CutPoint | None
+    target: int | None
     conspicuous: bool
     offset_sizes: dict[int, float]
+    untargeted_size: float | None
     history: list[EpochRecord]
     seconds: dict[str, float]
     config: DefenseConfig
@@ -114,23 +122,30 @@ class DefenseResult:
         """The fitted masks, by name of the masked layer, before the cut."""
         return {name: layer.mask for name, layer in self.neurons.items()}
 
+    @property
+    def suspect(self) -> str:
+        """The suspect class in words."""
+        return "all classes" if self.target is None else f"class {self.target}"
+
     def outcome(self) -> str:
         """What was pruned and what it cost on the clean set, in a sentence or two."""
         total = sum(len(mask) for mask in self.masks.values())
-        if not self.pruned and self.conspicuous:
-            return (
-                f"None of {total:,} neurons pruned, but class {self.target} is suspect: its offset "
-                "is conspicuously small, and no cut within the limits stops it."
-            )
-        if not self.pruned:
+        if not self.pruned and self.repaired is None:
+            if self.conspicuous:
+                return (
+                    f"None of {total:,} neurons pruned, but there is a suspect ({self.suspect}): "
+                    "its offset is conspicuous, and nothing within the limits stops it."
+                )
             return (
                 f"None of {total:,} neurons pruned: no small set of them carries what was exposed "
-                f"(class {self.target})."
+                f"({self.suspect})."
             )
+        after = self.repaired or self.cut
         return (
-            f"{len(self.pruned):,} of {total:,} neurons pruned (suspect class {self.target}); "
+            f"{len(self.pruned):,} of {total:,} neurons pruned"
+            f"{' and the rest repaired' if self.repaired else ''} (suspect: {self.suspect}); "
             f"accuracy on the clean set {self.curve[0].accuracy:.1f} % before, "
-            f"{self.cut.accuracy:.1f} % after."
+            f"{after.accuracy:.1f} % after."
         )
 
     def summary(self) -> dict[str, Any]:
@@ -138,12 +153,14 @@ class DefenseResult:
         return {
             "pruned": [asdict(neuron) for neuron in self.pruned],
             "cut": asdict(self.cut),
+            "repaired": None if self.repaired is None else asdict(self.repaired),
             "target": self.target,
             "conspicuous": self.conspicuous,
             "offset_sizes": {
                 str(label): size if math.isfinite(size) else None
                 for label, size in self.offset_sizes.items()
             },
+            "untargeted_size": self.untargeted_size,
             "curve": [asdict(point) for point in self.curve],
             "history": [asdict(record) for record in self.history],
             "seconds": dict(self.seconds),

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-SUPPRESS, FIT = 1, 2
+SUPPRESS, FIT, REPAIR = 1, 2, 3
 
 
 def mixed(*seed: int) -> int:

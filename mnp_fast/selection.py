@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from .exposure import OffsetExposure, WeightExposure
 
 MAX_POINTS = 100
-CONSPICUOUS_LIMITS = 2  # factor on `max_pruned` and `max_drop` where the suspect is conspicuous
+CONSPICUOUS = 2  # factor on `max_pruned` and `few` where the suspect is conspicuous
 
 
 def pruning_order(neurons: dict[str, LayerNeurons]) -> list[PrunedNeuron]:
@@ -57,34 +58,36 @@ def cut_points(
 
     In larger steps where there would be more than `MAX_POINTS`. The masks are left anywhere.
     """
-    share = min(1.0, config.max_pruned * _slack(conspicuous))
-    last = min(len(order), max(config.few, int(share * len(order))))
+    slack = CONSPICUOUS if conspicuous else 1
+    share = min(1.0, slack * config.max_pruned)
+    last = min(len(order), max(slack * config.few, int(share * len(order))))
     for count in range(0, last + 1, 1 + last // MAX_POINTS):
         prune(masked, order[:count])
         accuracy, loss = evaluate(masked, data)
         yield CutPoint(count, accuracy, loss, exposure.success())
 
 
-def choose(
-    curve: Sequence[CutPoint], images: int, config: DefenseConfig, conspicuous: bool
-) -> CutPoint:
+def choose(curve: Sequence[CutPoint], images: int, config: DefenseConfig) -> CutPoint:
     """The smallest cut that stops the exposure within the limits, or the curve's first point.
 
     A backdoor is carried by few neurons. Where no cut of the curve brings the exposure's success
     down to `max_exposed` percent at an admissible loss of clean accuracy, what was exposed is
-    a weakness that clean features share, and nothing is cut. A conspicuous suspect class is
-    evidence of its own, so that a cut may cost more. A loss is admissible unless it exceeds
-    `max_drop` by more than the standard error of a loss measured on so many images.
+    a weakness that clean features share, and nothing is cut.
     """
-    most = config.max_drop * _slack(conspicuous)
     for point in curve:
-        drop = curve[0].accuracy - point.accuracy
-        # At least this share of the answers changed; of its count, the root is the error.
-        error = math.sqrt(100 * max(drop, 0.0) / images)
-        if point.exposed <= config.max_exposed and drop - error <= most:
+        if point.exposed <= config.max_exposed and admissible(curve[0], point, images, config):
             return point
     return curve[0]
 
 
-def _slack(conspicuous: bool) -> int:
-    return CONSPICUOUS_LIMITS if conspicuous else 1
+def admissible(before: CutPoint, after: CutPoint, images: int, config: DefenseConfig) -> bool:
+    """Whether a loss of accuracy exceeds `max_drop` by no more than its standard error."""
+    drop = before.accuracy - after.accuracy
+    # At least this share of the answers changed; of its count, the root is the error.
+    return drop - math.sqrt(100 * max(drop, 0.0) / images) <= config.max_drop
+
+
+def affordable(curve: Sequence[CutPoint], config: DefenseConfig) -> CutPoint:
+    """The last point of the curve before its accuracy first falls by more than `max_drop`."""
+    least = curve[0].accuracy - config.max_drop
+    return list(takewhile(lambda point: point.accuracy >= least, curve))[-1]

@@ -95,8 +95,8 @@ def favour(suppressed: nn.Module, data: CleanSet) -> torch.Tensor:
     return probabilities.masked_fill(own, 0).sum(0) / (~own).sum(0)
 
 
-def favoured_classes(suppressed: nn.Module, data: CleanSet) -> list[int]:
-    """The classes by what a suppressed network gives them, most first; without those of NaN."""
+def favoured_classes(suppressed: nn.Module, data: CleanSet) -> dict[int, float]:
+    """What a suppressed network gives each class, most first; without those of NaN."""
     means = favour(suppressed, data)
     order = means.argsort(descending=True, stable=True).tolist()
-    return [label for label in order if not means[label].isnan()]
+    return {label: means[label].item() for label in order if not means[label].isnan()}

@@ -2,6 +2,7 @@ import contextlib
 import copy
 import importlib
 import io
+import json
 import pickle
 
 import pytest
@@ -72,10 +73,79 @@ def test_removes_a_backdoor():
 
 @pytest.mark.parametrize(("suspects", "target"), [(1, 2), (3, 0), (9, 0)])
 def test_target_is_the_suspect_with_the_smallest_offset(suspects, target, monkeypatch):
-    monkeypatch.setattr(module, "favoured_classes", lambda *_: [2, 3, 0, 1])
+    favours = dict.fromkeys([2, 3, 0, 1], 0.0)
+    monkeypatch.setattr(module, "favoured_classes", lambda *_: favours)
     short = {"offset_steps": 40, "fit_epochs": 1, "suspects": suspects}
     assert defend(backdoored(), DATA, small(**short)).target == target
     assert defend(backdoored(), DATA, small("weights", **short)).target == 2
+
+
+@pytest.fixture
+def no_cut_will_do(monkeypatch):
+    """And the trained network's four classes are enough to tell a suspect among them."""
+    monkeypatch.setattr("mnp_fast.suspects.RIVALS", 3)
+    monkeypatch.setattr(module, "choose", lambda curve, *_: curve[0])
+
+
+REPAIRED = {"offset_steps": 40, "few": 1, "max_pruned": 0.01, "fit_lr": 1e-3}
+
+
+@pytest.mark.usefixtures("no_cut_will_do")
+def test_what_a_cut_leaves_is_repaired_if_the_suspect_is_conspicuous():
+    model = backdoored().eval()
+    config = small(**REPAIRED, repair_epochs=25)
+    result = defend(model, DATA, config)
+    assert result.conspicuous
+    assert result.target == 0
+    assert len(result.pruned) == result.cut.pruned == result.repaired.pruned == 2
+    assert attack_success(result.model) < 20 < 90 < attack_success(model)
+    assert result.repaired.accuracy == evaluate(result.model, CLEAN)[0]
+    changed = {
+        name
+        for name, value in result.model.state_dict().items()
+        if not torch.equal(value, model.state_dict()[name])
+    }
+    assert changed == {"1.weight", "1.bias", "4.weight", "4.bias", "8.bias"}
+    assert [r.epoch for r in result.history if r.phase == "repair"] == list(range(1, 26))
+    assert "repair" in result.seconds
+    assert "and the rest repaired (suspect: class 0)" in result.outcome()
+    assert result.summary()["repaired"]["accuracy"] == result.repaired.accuracy
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repair_epochs": 0},
+        {"conspicuous": 0.0, "untargeted": 0.0},
+        {"repair_lr": 10.0, "max_drop": 1.0},  # it ruins the network
+    ],
+)
+@pytest.mark.usefixtures("no_cut_will_do")
+def test_nothing_is_repaired(settings):
+    model = backdoored().eval()
+    result = defend(model, DATA, small(**{**REPAIRED, "repair_epochs": 2, **settings}))
+    assert result.repaired is None
+    assert result.pruned == []
+    assert result.cut is result.curve[0]
+    assert same_state(result.model, model)
+    assert result.conspicuous == ("conspicuous" not in settings)
+    assert ("there is a suspect" in result.outcome()) == result.conspicuous
+
+
+@pytest.mark.usefixtures("no_cut_will_do")
+def test_an_offset_away_from_all_classes_is_the_last_suspect():
+    settings = {**REPAIRED, "conspicuous": 0.0, "untargeted": 1.0, "repair_epochs": 2}
+    result = defend(backdoored().eval(), DATA, small(**settings))
+    sizes = sorted(result.offset_sizes.values())
+    assert 0 < result.untargeted_size <= (sizes[1] + sizes[2]) / 2
+    assert result.target is None
+    assert result.conspicuous
+    assert "(suspect: all classes)" in result.outcome()
+    assert json.loads(json.dumps(result.summary()))["target"] is None
+    settings["untargeted"] = 0.0
+    result = defend(backdoored().eval(), DATA, small(**settings))
+    assert result.untargeted_size is None
+    assert result.target == 0
 
 
 def test_nothing_is_cut_where_no_cut_stops_the_exposure():

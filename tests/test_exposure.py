@@ -7,7 +7,7 @@ from torch import nn
 
 from mnp_fast import DefenseConfig, masks, wrap
 from mnp_fast.data import CleanSet
-from mnp_fast.exposure import MARGIN, POOL, WIDENED, OffsetExposure, WeightExposure, is_conspicuous
+from mnp_fast.exposure import MARGIN, POOL, WIDENED, OffsetExposure, WeightExposure
 from mnp_fast.io import load_checkpoint, save_checkpoint
 
 from .trained import backdoored, stripes
@@ -30,6 +30,11 @@ def pixels(count=12, low=0.0, high=1.0):
     labels = torch.arange(count) % 3
     images = low + (high - low) * nn.functional.one_hot(labels, 3).float()
     return CleanSet(images[:, :, None, None], labels)
+
+
+def pixels_and_labels():
+    data = pixels()
+    return data.images, data.labels
 
 
 def exposed(model=None, data=None, target=1, **settings):
@@ -73,20 +78,20 @@ def test_search_finds_the_trigger_of_a_backdoor():
     assert sizes.index(min(sizes)) == 0
 
 
-@pytest.mark.parametrize(
-    ("sizes", "expected"),
-    [
-        ([0.6, 1, 1, 1, 1], True),
-        ([1, 1, 0.7, 2, 0.9, 1], False),  # the median of the others is 1
-        ([1, 2, 0.6, 0.9, 0.9], False),  # here 0.95
-        ([0.1, 1, 1, 1], False),  # too few others
-        ([0.1, math.inf, math.inf, math.inf, math.inf], True),
-        ([math.inf] * 5, False),
-        ([], False),
-    ],
-)
-def test_conspicuous_sizes(sizes, expected):
-    assert is_conspicuous(sizes, DefenseConfig(conspicuous=0.6)) == expected
+def test_an_offset_away_from_all_classes():
+    """Each class's pixel is lowered, by as much as brings another in front of it."""
+    exposure = exposed(target=None, offset_steps=200, offset_decay=1)
+    assert exposure.success() == 0
+    assert len(exposure.others) == len(pixels())
+    assert exposure.start() == math.inf  # it cannot: lowering all three changes no order
+    data = CleanSet(*(part[pixels().labels != 2] for part in pixels_and_labels()))
+    exposure = exposed(data=data, target=None, offset_steps=200, offset_decay=1)
+    assert exposure.start() < math.inf
+    assert exposure.success() == 100
+    logits = exposure.model(exposure.images())
+    own = logits.gather(1, data.labels[:, None])[:, 0]
+    margins = logits[:, 2] - own
+    assert MARGIN <= margins.min() <= margins.max() <= 1.3 * MARGIN
 
 
 def test_search_that_fails_counts_as_infinite():

@@ -9,7 +9,7 @@ from mnp_fast import DefenseConfig, masks, wrap
 from mnp_fast.data import CleanSet
 from mnp_fast.demo.resnet import ResNet18
 from mnp_fast.exposure import OffsetExposure, WeightExposure
-from mnp_fast.objectives import MaskFit
+from mnp_fast.objectives import MaskFit, exposed_loss
 from mnp_fast.seeds import FIT
 
 from .models import NoNorm, randomize
@@ -211,7 +211,7 @@ def test_weights_have_no_gradients_and_stay():
     exposure = WeightExposure(masked, suppressed, data, 0, config)
     before = [copy.deepcopy(net.state_dict()) for net in (masked, exposure.model, suppressed)]
     fit = MaskFit(masked, exposure, data, config)
-    loss = fit.loss(data.images, data.labels, 0)
+    loss = exposed_loss(masked, exposure, data.images, data.labels, 0, config.alpha)
     loss.backward()
     names = {f"{name}.mask" for name in masks(masked)}
     for net in (masked, exposure.model):

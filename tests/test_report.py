@@ -54,9 +54,11 @@ def make_result(layers: list[str], pruned: int = 3, width: int = 12) -> DefenseR
         pruned=[PrunedNeuron(name, index, mask) for mask, name, index in order[:pruned]],
         curve=curve,
         cut=curve[pruned],
+        repaired=CutPoint(pruned, 95.5, 0.2, 1.5),
         target=2,
         conspicuous=True,
         offset_sizes={4: 0.25, 2: 0.125, 1: 0.5, 0: math.inf},
+        untargeted_size=None,
         history=[
             EpochRecord("suppress", 1, -2.0, 20.0, 0.5),
             EpochRecord("fit", 1, 0.5, 90.0, 0.6),
@@ -108,6 +110,7 @@ def test_json_holds_summary_extra_version_and_time(tmp_path: Path) -> None:
         assert content[key] == value
     assert content["target"] == 2
     assert content["cut"] == {"pruned": 3, "accuracy": 96.0, "loss": 0.1, "exposed": 97.0}
+    assert content["repaired"] == {"pruned": 3, "accuracy": 95.5, "loss": 0.2, "exposed": 1.5}
     assert content["command"] == ["demo"]
     assert content["asr"] == 1
     assert isinstance(content["mnp_fast"], str)

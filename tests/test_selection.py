@@ -7,7 +7,7 @@ from torch import nn
 from mnp_fast import DefenseConfig, masks, wrap
 from mnp_fast.data import evaluate
 from mnp_fast.result import CutPoint, LayerNeurons, PrunedNeuron
-from mnp_fast.selection import choose, cut_points, prune, pruning_order
+from mnp_fast.selection import admissible, affordable, choose, cut_points, prune, pruning_order
 
 from .trained import backdoored, stripes
 
@@ -112,6 +112,12 @@ def test_few_neurons_may_be_cut_whatever_their_share():
         assert found[-1].pruned == last
 
 
+def test_where_the_suspect_is_conspicuous_twice_as_many_may_be_cut():
+    for settings, last in (({"max_pruned": 0.15}, 3), ({"max_pruned": 0.6}, 10), ({"few": 4}, 8)):
+        _, found = points_of(wide(10), conspicuous=True, **{"max_pruned": 0.01, **settings})
+        assert found[-1].pruned == last
+
+
 def test_cut_points_are_measured_on_the_pruned_network():
     model, data = backdoored().eval(), stripes(8, seed=0)
     masked = wrap(model).eval()
@@ -147,14 +153,14 @@ def curve(*pairs):
 )
 def test_choice(pairs, chosen):
     points = curve(*pairs)
-    assert choose(points, MANY, DefenseConfig(max_exposed=20, max_drop=5), False) is points[chosen]
+    assert choose(points, MANY, DefenseConfig(max_exposed=20, max_drop=5)) is points[chosen]
 
 
 def test_choice_follows_the_settings():
     points = curve((90, 100), (85, 40), (69, 10))
-    assert choose(points, MANY, DefenseConfig(max_exposed=40, max_drop=5), False).pruned == 2
-    assert choose(points, MANY, DefenseConfig(max_exposed=40, max_drop=4), False).pruned == 0
-    assert choose(points, MANY, DefenseConfig(max_exposed=39, max_drop=30), False).pruned == 4
+    assert choose(points, MANY, DefenseConfig(max_exposed=40, max_drop=5)).pruned == 2
+    assert choose(points, MANY, DefenseConfig(max_exposed=40, max_drop=4)).pruned == 0
+    assert choose(points, MANY, DefenseConfig(max_exposed=39, max_drop=30)).pruned == 4
 
 
 @pytest.mark.parametrize(
@@ -163,14 +169,26 @@ def test_choice_follows_the_settings():
 )
 def test_a_loss_counts_beyond_its_standard_error(images, drop, admissible):
     points = curve((90, 100), (90 - drop, 0))
-    cut = choose(points, images, DefenseConfig(max_drop=3.0), False)
+    cut = choose(points, images, DefenseConfig(max_drop=3.0))
     assert (cut is points[1]) == admissible
 
 
-def test_a_conspicuous_suspect_may_cost_twice_as_much():
-    points = curve((90, 100), (75, 0))
-    for allowed, pruned in ((7.5, 2), (7.4, 0)):
-        assert choose(points, MANY, DefenseConfig(max_drop=allowed), True).pruned == pruned
-    for share, last in ((0.15, 3), (0.6, 10)):
-        _, found = points_of(wide(10), conspicuous=True, max_pruned=share)
-        assert found[-1].pruned == last
+@pytest.mark.parametrize(
+    ("accuracies", "last"),
+    [
+        ((90, 89, 88, 85, 84), 3),  # the limit is included
+        ((90, 84, 90, 90), 0),  # not beyond the first that costs too much
+        ((90, 95, 86), 2),
+        ((90,), 0),
+    ],
+)
+def test_affordable_cuts_end_before_the_first_costly_one(accuracies, last):
+    points = curve(*((accuracy, 100) for accuracy in accuracies))
+    assert affordable(points, DefenseConfig(max_drop=5)) is points[last]
+
+
+def test_admissible_is_what_choice_admits():
+    before, *points = curve((90, 100), (87, 0), (86, 0), (85, 0), (84, 0))
+    config = DefenseConfig(max_drop=3.0)
+    admitted = [admissible(before, point, 100, config) for point in points]
+    assert admitted == [True, True, True, False]

@@ -154,12 +154,15 @@ def test_favoured_classes_leave_out_own_images():
         [[own, 0, 0, 0], [own, 0, 0, 0], [own, 0, 0, 0], [0, 0, 4, 3], [0, 0, own, 0], [0, 0, 2, 3]]
     )
     labels = torch.tensor([0, 0, 0, 1, 2, 3])
-    assert favoured_classes(nn.Identity(), CleanSet(images, labels)) == [2, 3, 0, 1]
+    found = favoured_classes(nn.Identity(), CleanSet(images, labels))
+    assert list(found) == [2, 3, 0, 1]
+    others = images[labels != 2].softmax(1)[:, 2]
+    assert found[2] == pytest.approx(others.mean().item(), rel=1e-6)
     same = CleanSet(images[:3], labels[:3])  # no images of other classes than 0
-    assert favoured_classes(nn.Identity(), same) == [1, 2, 3]
+    assert list(favoured_classes(nn.Identity(), same)) == [1, 2, 3]
 
 
 def test_favoured_classes_find_the_target():
     model = backdoored().eval()
     list(suppress(model, CLEAN, DefenseConfig(suppress_lr=0.1)))
-    assert favoured_classes(model, CLEAN)[0] == 0
+    assert next(iter(favoured_classes(model, CLEAN))) == 0

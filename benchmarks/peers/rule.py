@@ -45,5 +45,5 @@ def prune_by_rule(
 
     `bias` says whether a pruned channel's bias goes as well.
     """
-    config = DefenseConfig(site="neuron" if bias else "norm", seed=seed)
+    config = DefenseConfig(site="neuron" if bias else "norm", repair_epochs=0, seed=seed)
     return _Ranked(model, (images, labels), scores, config).run().model

@@ -94,7 +94,8 @@ def _curve(axes: Axes, result: DefenseResult) -> None:
 
 
 def _verdict(result: DefenseResult) -> str:
-    suspect = f"suspect class {result.target}"
+    if result.repaired is not None:
+        return f"{result.cut.pruned} neurons cut, the rest repaired; suspect: {result.suspect}"
     if not result.cut.pruned:
-        return f"Nothing cut; {suspect}"
-    return f"The cut: {result.cut.pruned} neurons; {suspect}"
+        return f"Nothing cut; suspect: {result.suspect}"
+    return f"The cut: {result.cut.pruned} neurons; suspect: {result.suspect}"

@@ -1,0 +1,52 @@
+"""Which class is the attacker's, by what suppression favours and what the shortest offset reaches.
+
+A backdoor is a short way to its class, and what a network falls for once clean features are gone.
+Each sign alone misleads now and then; together they rarely do.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .config import DefenseConfig
+
+FAVOUR = 0.25  # of the median size: what an offset counts less if suppressed weights give all to it
+RIVALS = 4  # other suspects without which a size says nothing
+
+
+def distances(sizes: Mapping[int, float], favours: Mapping[int, float]) -> dict[int, float]:
+    """How far each suspect class is, small for an attacker's.
+
+    The size of its offset over the median of the others', minus `FAVOUR` times the softmax, in
+    [0, 1], that suppressed weights give it. Infinite where no offset was found.
+    """
+    found = {}
+    for label, size in sizes.items():
+        others = [other for rival, other in sizes.items() if rival != label]
+        relative = size / statistics.median(others) if others and math.isfinite(size) else size
+        found[label] = relative - FAVOUR * favours[label]
+    return found
+
+
+def is_conspicuous(
+    sizes: Mapping[int, float], favours: Mapping[int, float], config: DefenseConfig
+) -> bool:
+    """Whether the nearest class is so near, beside at least `RIVALS` others, that one suspects."""
+    if len(sizes) <= RIVALS:
+        return False
+    return min(distances(sizes, favours).values()) <= config.conspicuous
+
+
+def is_untargeted(size: float, sizes: Mapping[int, float], config: DefenseConfig) -> bool:
+    """Whether an offset away from all classes is conspicuous: a trigger that shifts every class.
+
+    In a clean network it is harder to find one offset that spoils every class than one that leads
+    to one class.
+    """
+    if len(sizes) <= RIVALS or not math.isfinite(size):
+        return False
+    return size <= config.untargeted * statistics.median(sizes.values())

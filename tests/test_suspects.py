@@ -1,0 +1,62 @@
+import math
+
+import pytest
+
+from mnp_fast import DefenseConfig
+from mnp_fast.suspects import distances, is_conspicuous, is_untargeted
+
+NONE = dict.fromkeys(range(6), 0.0)
+
+
+def sizes_of(*sizes):
+    return dict(enumerate(sizes))
+
+
+def test_distance_is_relative_to_the_other_sizes():
+    found = distances(sizes_of(0.1, 0.2, 0.4, math.inf), {**NONE, 1: 0.8})
+    assert found[0] == pytest.approx(0.1 / 0.4)  # the median of 0.2, 0.4 and infinity
+    assert found[1] == pytest.approx(0.2 / 0.4 - 0.25 * 0.8)
+    assert found[2] == pytest.approx(0.4 / 0.2)
+    assert found[3] == math.inf
+    assert distances({7: 0.3}, {7: 1.0}) == {7: pytest.approx(0.05)}
+    assert distances(sizes_of(math.inf, math.inf), NONE) == {0: math.inf, 1: math.inf}
+
+
+def test_suppression_decides_between_offsets_of_like_size():
+    found = distances(sizes_of(0.15, 0.14, 0.18, 0.19, 0.2), {**NONE, 0: 0.5})
+    assert min(found, key=found.get) == 0
+    found = distances(sizes_of(0.15, 0.08, 0.18, 0.19, 0.2), {**NONE, 0: 0.5})
+    assert min(found, key=found.get) == 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "favour", "expected"),
+    [
+        ([0.6, 1, 1, 1, 1], 0.0, True),
+        ([0.7, 1, 1, 1, 1], 0.0, False),
+        ([0.7, 1, 1, 1, 1], 0.4, True),
+        ([0.7, 1, 1, 1, 1], 0.39, False),
+        ([0.6, 2, 1, 0.9, 0.9], 0.0, False),  # the median of the others is 0.95
+        ([0.1, 1, 1, 1], 1.0, False),  # too few others
+        ([0.1, math.inf, math.inf, math.inf, math.inf], 0.0, True),
+        ([math.inf] * 5, 1.0, False),
+        ([], 0.0, False),
+    ],
+)
+def test_conspicuous(sizes, favour, expected):
+    config = DefenseConfig(conspicuous=0.6)
+    assert is_conspicuous(sizes_of(*sizes), {**NONE, 0: favour}, config) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "sizes", "expected"),
+    [
+        (0.9, [1, 1, 1, 1, 1], True),
+        (0.91, [1, 1, 1, 1, 1], False),
+        (0.9, [1, 1, 1, 1], False),  # too few classes
+        (math.inf, [math.inf] * 5, False),
+        (0.9, [1, 0.5, 0.5, 0.5, 1], False),
+    ],
+)
+def test_untargeted(size, sizes, expected):
+    assert is_untargeted(size, sizes_of(*sizes), DefenseConfig(untargeted=0.9)) == expected
