@@ -62,8 +62,11 @@ class DefenseConfig:
     conspicuous
         The suspect class is conspicuous if its distance is at most this, in [0, 1]: the size of
         its offset over the median of the other suspects', less a quarter of the softmax that
-        suppressed weights give it. If it is, and no cut stops the exposure within the limits, the
-        first neurons that cost no more than `max_drop` are cut, and the rest is repaired.
+        suppressed weights give it.
+    cleared
+        Of a conspicuous suspect, a cut is enough only if an offset that is searched after it is as
+        large as this times the median of the suspects' before; at least 0. If it is not, or if no
+        cut is within the limits, the rest is repaired.
     untargeted
         Where no class is conspicuous: an offset that leads away from all classes is, if its size
         is at most this share of the median of the suspects', in [0, 1].
@@ -107,6 +110,7 @@ class DefenseConfig:
     few: int = 18
     max_drop: float = 3.0
     conspicuous: float = 0.7
+    cleared: float = 1.1
     untargeted: float = 0.9
     repair_epochs: int = 20
     repair_lr: float = 0.01
@@ -160,6 +164,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "few": _COUNT,
     "max_drop": (0.0, 100.0, "between 0 and 100 points"),
     "conspicuous": (0.0, 1.0, "between 0 and 1"),
+    "cleared": _NOT_NEGATIVE,
     "untargeted": (0.0, 1.0, "between 0 and 1"),
     "repair_epochs": (0, _BIG, "at least 0"),
     "repair_lr": _POSITIVE,

@@ -27,7 +27,7 @@ from .result import CutPoint, DefenseResult, EpochRecord, LayerNeurons
 from .selection import admissible, affordable, choose, cut_points, prune, pruning_order
 from .stats import magnitudes, saliency
 from .suppression import favoured_classes, suppress
-from .suspects import distances, is_conspicuous, is_untargeted
+from .suspects import distances, is_cleared, is_conspicuous, is_untargeted
 from .wrap import masks, unwrap, wrap
 
 if TYPE_CHECKING:
@@ -264,14 +264,16 @@ class _Defense:
         cut, repaired = choose(curve, len(self.data), self.config), None
         prune(self.masked, order[: cut.pruned])
         seconds = {**self.state.seconds, "select": time.perf_counter() - start}
-        if cut is curve[0] and conspicuous and self.config.repair_epochs:
+        if conspicuous and self.config.repair_epochs:
             start = time.perf_counter()
-            most = affordable(curve, self.config)
-            prune(self.masked, order[: most.pruned])
-            repaired = self._repair(exposure, curve[0], most)
-            if repaired is not None:
-                cut = most
-            prune(self.masked, order[: cut.pruned])
+            if cut is curve[0]:
+                most = affordable(curve, self.config)
+                prune(self.masked, order[: most.pruned])
+                repaired = self._repair(exposure, curve[0], most)
+                cut = cut if repaired is None else most
+                prune(self.masked, order[: cut.pruned])
+            elif not self._is_cleared(exposure):
+                repaired = self._repair(exposure, curve[0], cut)
             seconds["repair"] = time.perf_counter() - start
         return DefenseResult(
             model=self._purified(),
@@ -288,6 +290,11 @@ class _Defense:
             seconds=seconds,
             config=self.config,
         )
+
+    def _is_cleared(self, exposure: OffsetExposure | WeightExposure) -> bool:
+        """Whether the cut has left no other short way to the suspect class."""
+        assert isinstance(exposure, OffsetExposure)  # with weights, nothing is conspicuous
+        return is_cleared(exposure.again(), self.state.offset_sizes, self.config)
 
     def _repair(
         self, exposure: OffsetExposure | WeightExposure, before: CutPoint, cut: CutPoint

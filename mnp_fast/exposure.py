@@ -120,8 +120,13 @@ class OffsetExposure:
         """
         self.first = self._search(self.config.offset_steps)
         self.offsets = [self.first]
-        size = self._mean_square(self.first).sqrt().item()
-        return size if self._reached(self.first) >= REACHED else math.inf
+        return self._size(self.first)
+
+    def again(self) -> float:
+        """Search as `start` does, keep what is found beside the last offsets; returns its size."""
+        found = self._search(self.config.offset_steps)
+        self.offsets = [*self.offsets, found][-POOL:]
+        return self._size(found)
 
     def renew(self, epoch: int) -> None:
         """Search once more, before every epoch but 0; every other time from the offset before."""
@@ -168,6 +173,10 @@ class OffsetExposure:
         if self.target is None:
             return 100 * (logits.argmax(1) != self.labels).double().mean().item()
         return _share(logits, self.target)
+
+    def _size(self, offset: Tensor) -> float:
+        size = self._mean_square(offset).sqrt().item()
+        return size if self._reached(offset) >= REACHED else math.inf
 
     def _mean_square(self, offset: Tensor) -> Tensor:
         return (offset / self.reach).square().mean()

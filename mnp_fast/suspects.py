@@ -41,6 +41,11 @@ def is_conspicuous(
     return min(distances(sizes, favours).values()) <= config.conspicuous
 
 
+def is_cleared(size: float, sizes: Mapping[int, float], config: DefenseConfig) -> bool:
+    """Whether an offset searched after the cut is as large as those of unsuspected classes."""
+    return size >= config.cleared * statistics.median(sizes.values())
+
+
 def is_untargeted(size: float, sizes: Mapping[int, float], config: DefenseConfig) -> bool:
     """Whether an offset away from all classes is conspicuous: a trigger that shifts every class.
 

@@ -30,6 +30,7 @@ RANGES = {
     "max_pruned": ([1e-300, 1.0], [0.0, -0.1, 1.1], "above 0 and at most 1"),
     "few": ([1, 10**9], [0, -1], "at least 1"),
     "conspicuous": ([0.0, 1.0], [-0.1, 1.1], "between 0 and 1"),
+    "cleared": ([0.0, 1e6], [-1e-9, math.inf], "at least 0 and finite"),
     "untargeted": ([0.0, 1.0], [-0.1, 1.1], "between 0 and 1"),
     "repair_epochs": ([0, 10**9], [-1], "at least 0"),
     "repair_lr": ([1e-300, 1e6], [0.0, -1.0, math.inf], "positive and finite"),

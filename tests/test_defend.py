@@ -132,6 +132,20 @@ def test_nothing_is_repaired(settings):
     assert ("there is a suspect" in result.outcome()) == result.conspicuous
 
 
+@pytest.mark.parametrize("cleared", [0.0, 1e6])
+def test_a_cut_that_leaves_a_short_way_is_followed_by_a_repair(cleared, monkeypatch):
+    monkeypatch.setattr("mnp_fast.suspects.RIVALS", 3)
+    settings = {"offset_steps": 40, "max_pruned": 0.25, "cleared": cleared, "repair_epochs": 9}
+    result = defend(backdoored().eval(), DATA, small(**settings))
+    assert result.conspicuous
+    assert 0 < len(result.pruned) == result.cut.pruned
+    assert result.cut in result.curve
+    assert (result.repaired is not None) == (cleared > 0)
+    assert "repair" in result.seconds
+    if cleared:
+        assert result.repaired.pruned == result.cut.pruned
+
+
 @pytest.mark.usefixtures("no_cut_will_do")
 def test_an_offset_away_from_all_classes_is_the_last_suspect():
     settings = {**REPAIRED, "conspicuous": 0.0, "untargeted": 1.0, "repair_epochs": 2}

@@ -94,6 +94,16 @@ def test_an_offset_away_from_all_classes():
     assert MARGIN <= margins.min() <= margins.max() <= 1.3 * MARGIN
 
 
+def test_a_search_after_a_change_joins_the_last_offsets():
+    exposure = exposed(offset_steps=40, offset_decay=0.01)
+    size = exposure.start()
+    first = exposure.first
+    for count in (2, 3, 3):
+        assert exposure.again() == size  # nothing has changed
+        assert len(exposure.offsets) == count
+    assert exposure.first is first
+
+
 def test_search_that_fails_counts_as_infinite():
     exposure = exposed(offset_decay=1e6)
     assert exposure.start() == math.inf

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from mnp_fast import DefenseConfig
-from mnp_fast.suspects import distances, is_conspicuous, is_untargeted
+from mnp_fast.suspects import distances, is_cleared, is_conspicuous, is_untargeted
 
 NONE = dict.fromkeys(range(6), 0.0)
 
@@ -46,6 +46,13 @@ def test_suppression_decides_between_offsets_of_like_size():
 def test_conspicuous(sizes, favour, expected):
     config = DefenseConfig(conspicuous=0.6)
     assert is_conspicuous(sizes_of(*sizes), {**NONE, 0: favour}, config) == expected
+
+
+def test_cleared():
+    config = DefenseConfig(cleared=1.5)
+    sizes = sizes_of(0.1, 0.2, 0.4)
+    found = [is_cleared(size, sizes, config) for size in (0.29, 0.31, math.inf)]
+    assert found == [False, True, True]
 
 
 @pytest.mark.parametrize(
