@@ -32,8 +32,14 @@ PEERS: dict[str, ModuleType] = {
 }
 GROUPS: dict[str, tuple[str, ...]] = {
     "peers": (*PEERS, *(f"{name}{RULE}" for name in PEERS if name != "fine-tuning")),
-    # Without exposure, without clean preserving, without the penalty, and the paper's exposure.
-    "ablation": ("mnp:alpha=1", "mnp:alpha=0", "mnp:weight_penalty=0", "mnp:exposure=weights"),
+    # Without exposure, clean preserving, the penalty, the repair; and the paper's exposure.
+    "ablation": (
+        "mnp:alpha=1",
+        "mnp:alpha=0",
+        "mnp:weight_penalty=0",
+        "mnp:repair_epochs=0",
+        "mnp:exposure=weights",
+    ),
     "sensitivity": (
         *(f"mnp:alpha={value}" for value in (0.5, 0.65, 0.9)),
         *(f"mnp:weight_penalty={value}" for value in (0.1, 0.6, 1.0)),

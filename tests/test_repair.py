@@ -6,6 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from mnp_fast import DefenseConfig, masks, unwrap, wrap
+from mnp_fast.data import CleanSet
+from mnp_fast.distributed import Processes
 from mnp_fast.exposure import OffsetExposure
 from mnp_fast.repair import Repair
 from mnp_fast.seeds import REPAIR
@@ -30,8 +32,7 @@ def prepared(model, config=CONFIG, data=CLEAN):
 
 def test_is_adam_on_norms_and_biases_of_the_plain_network():
     """Three epochs beside the same in plain torch, in float64."""
-    data = stripes(40, seed=2)
-    data = type(data)(data.images.double(), data.labels)
+    data = CleanSet(CLEAN.images.double(), CLEAN.labels)
     masked, exposure, repair = prepared(backdoored().double().eval(), data=data)
     plain = unwrap(masked).eval().requires_grad_(False)
     cut = plain[4].weight == 0
@@ -54,6 +55,18 @@ def test_is_adam_on_norms_and_biases_of_the_plain_network():
     assert list(repair.epochs()) == pytest.approx(expected, rel=1e-9)
     for name, value in unwrap(masked).state_dict().items():
         torch.testing.assert_close(value, plain.state_dict()[name], rtol=1e-8, atol=1e-10)
+
+
+def test_batches_in_parts_take_the_same_steps():
+    results = []
+    for shards in (1, 3):
+        data = CleanSet(CLEAN.images.double(), CLEAN.labels, Processes(shards=shards))
+        masked, _, repair = prepared(backdoored().double().eval(), data=data)
+        objectives = list(repair.epochs())
+        results.append((objectives, masked.state_dict()))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-9)
+    for name, value in results[0][1].items():
+        torch.testing.assert_close(value, results[1][1][name], rtol=1e-7, atol=1e-9)
 
 
 def test_weights_and_masks_stay_and_vectors_come_back():
