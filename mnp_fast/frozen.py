@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from ._extension import _C
 
@@ -14,42 +16,65 @@ from ._extension import _C
 def frozen_weights(model: nn.Module) -> Iterator[None]:
     """Keep a model's convolution weights packed while the block runs, instead of packing each call.
 
-    The block promises not to change these weights: what is computed after a change may come from
-    the old ones. Masks, norms and biases may change. What is kept counts against a limit as large
-    as `memory_budget`; weights beyond it are packed in every call, as ever.
+    Before each call of the model, versions and addresses of its weights are compared: one that was
+    changed in place, loaded, moved or replaced is packed anew. Masks, norms and biases may change
+    as ever. What is kept counts against a limit as large as `memory_budget`; weights beyond it are
+    packed in every call.
+
+    Not noticed, and not to be done in the block: changes behind autograd's back (`weight.data`, a
+    NumPy view), in inference mode, before a call of a part of the model alone, and of a model that
+    runs under `torch.compile`.
 
     Parameters
     ----------
     model
         A wrapped model; weights on other devices than the CPU are left alone.
-
-    Raises
-    ------
-    RuntimeError
-        At the end of the block: a weight was changed in it, or moved to other memory. Changes
-        through `weight.data` go unnoticed.
     """
-    weights = {
-        name: (weight, weight.detach(), _version(weight))  # the alias keeps the memory
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Conv2d)
-        and (weight := layer._parameters.get("weight")) is not None
-        and weight.device.type == "cpu"
-    }
-    for _, memory, _ in weights.values():
-        _C.freeze_weights(memory.data_ptr())
-    try:
+    kept = [
+        _Kept(layer)
+        for layer in model.modules()
+        if isinstance(layer, nn.Conv2d) and layer._parameters.get("weight") is not None
+    ]
+
+    def refresh(*_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            for one in kept:
+                one.refresh()
+
+    with ExitStack() as stack:
+        for one in kept:
+            stack.callback(one.thaw)
+        stack.enter_context(model.register_forward_pre_hook(refresh))
         yield
-    finally:
-        for _, memory, _ in weights.values():
-            _C.thaw_weights(memory.data_ptr())
-    for name, (weight, memory, version) in weights.items():
-        if weight.data_ptr() != memory.data_ptr() or _version(weight) != version:
-            raise RuntimeError(
-                f"the weight of {name!r} was changed while it was frozen; what was computed since "
-                "then may come from the old one"
-            )
 
 
-def _version(weight: Tensor) -> int:
+class _Kept:
+    """A layer's weight as it was when it was packed."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        self.layer = layer
+        self.freeze()
+
+    def freeze(self) -> None:
+        weight = self.layer.weight
+        self.memory = weight.detach()  # which nobody else can get while it is kept
+        self.version = _version(weight)
+        if self.memory.device.type == "cpu":
+            _C.freeze_weights(self.memory.data_ptr())
+
+    def thaw(self) -> None:
+        if self.memory.device.type == "cpu":
+            _C.thaw_weights(self.memory.data_ptr())
+
+    def refresh(self) -> None:
+        weight = self.layer.weight
+        if weight.data_ptr() == self.memory.data_ptr() and _version(weight) == self.version:
+            return
+        if self.memory.device.type == "cpu":
+            _C.forget_weights(self.memory.data_ptr())
+        self.thaw()
+        self.freeze()
+
+
+def _version(weight: torch.Tensor) -> int:
     return 0 if weight.is_inference() else weight._version

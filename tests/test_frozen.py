@@ -1,3 +1,4 @@
+import copy
 import threading
 
 import pytest
@@ -102,16 +103,54 @@ def test_blocks_may_nest(model, x):
 CHANGES = {
     "in place": lambda conv: conv.weight.mul_(2),
     "other memory": lambda conv: setattr(conv.weight, "data", conv.weight.detach() * 2),
-    "loaded": lambda conv: conv.load_state_dict(conv.state_dict()),
+    "loaded": lambda conv: conv.load_state_dict({"weight": conv.weight * 2}),
+    "assigned": lambda conv: conv.load_state_dict({"weight": conv.weight * 2}, assign=True),
+    "replaced": lambda conv: setattr(conv, "weight", nn.Parameter(conv.weight * 2)),
+    "other layout": lambda conv: conv.to(memory_format=torch.channels_last).weight.mul_(2),
 }
 
 
+@pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_change_in_the_block_is_an_error(name, model):
+def test_changed_weights_are_packed_anew(name, fuse, model, x):
+    """In the innermost of nested blocks too, forward and backward."""
+    masked = mnp_fast.wrap(model, fuse=fuse)
+    with frozen_weights(masked), frozen_weights(masked):
+        before = step(masked, x)
+        with torch.no_grad():
+            CHANGES[name](masked.conv1)
+        after = step(masked, x)
+    assert not torch.equal(before[0], after[0])
+    assert_same(after, step(masked, x))
+
+
+def test_a_change_of_dtype(model, x):
     masked = mnp_fast.wrap(model)
-    message = "weight of 'conv1' was changed while it was frozen"
-    with pytest.raises(RuntimeError, match=message), frozen_weights(masked), torch.no_grad():
-        CHANGES[name](masked.conv1)
+    with frozen_weights(masked):
+        masked(x)
+        masked.double()
+        after = step(masked, x.double())
+    assert_same(after, step(masked, x.double()))
+
+
+def test_a_copy_has_weights_of_its_own(model, x):
+    masked = mnp_fast.wrap(model)
+    with frozen_weights(masked):
+        masked(x)
+        copied = copy.deepcopy(masked)
+        with torch.no_grad():
+            copied.conv1.weight.mul_(2)
+        other, own = step(copied, x), step(masked, x)
+    assert_same(other, step(copied, x))
+    assert_same(own, step(masked, x))
+    assert not torch.equal(own[0], other[0])
+
+
+def test_nothing_is_left_behind(model):
+    masked = mnp_fast.wrap(model)
+    with pytest.raises(ZeroDivisionError), frozen_weights(masked):
+        raise ZeroDivisionError
+    assert not masked._forward_pre_hooks
 
 
 def test_threads_share_what_is_kept(model, x):

@@ -31,6 +31,11 @@ Table& table() {
   return *table;
 }
 
+void drop_packed(Frozen& frozen) {
+  for (const auto& [kind, kept] : frozen.packed) table().bytes -= kept.bytes;
+  frozen.packed.clear();
+}
+
 }  // namespace
 
 void freeze_weights(int64_t address) {
@@ -43,9 +48,15 @@ void thaw_weights(int64_t address) {
   const std::lock_guard guard(table().lock);
   const auto at = table().frozen.find(address);
   if (at == table().frozen.end() || --at->second.count > 0) return;
-  for (const auto& [kind, kept] : at->second.packed) table().bytes -= kept.bytes;
+  drop_packed(at->second);
   table().frozen.erase(at);
   table().count = static_cast<int64_t>(table().frozen.size());
+}
+
+void forget_weights(int64_t address) {
+  const std::lock_guard guard(table().lock);
+  const auto at = table().frozen.find(address);
+  if (at != table().frozen.end()) drop_packed(at->second);
 }
 
 template <class T>

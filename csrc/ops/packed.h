@@ -1,4 +1,4 @@
-// Packed weights that are kept while somebody promises that the weights do not change.
+// Packed weights that are kept while somebody watches that the weights do not change.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +11,9 @@ namespace mnp::ops {
 // Says, or no longer says, that the memory at an address holds weights that do not change. Counted.
 void freeze_weights(int64_t address);
 void thaw_weights(int64_t address);
+
+// They did change: what was packed of them is dropped.
+void forget_weights(int64_t address);
 
 // `size` packed elements of the weights at an address, made once for each `kind`, which says all of
 // how they are read and packed; null where they are not frozen or more than the memory budget would
