@@ -26,6 +26,9 @@ class DefenseConfig:
         Weight in [0, 1] of clean preserving; the exposed network has the rest.
     weight_penalty
         Lambda, at least 0: weight of the magnitude that the masks keep.
+    suppressions
+        So many suppressions say which classes are suspect, by their mean, each on a part of the
+        clean set drawn at random (one alone on all of it). With exposure by weights one is made.
     suppress_lr
         Learning rate of the ascent on the clean loss.
     suppress_decay
@@ -57,22 +60,22 @@ class DefenseConfig:
         So many neurons, at least 1, may be cut in any network, whatever their share: how many
         carry a backdoor depends little on how wide the network is. Twice as many as well.
     max_drop
-        Largest loss of clean accuracy, in points, that the cut may cost on the clean set, and
-        its standard error on top.
+        Largest loss of clean accuracy, in points, that cut and repair may cost on the clean set,
+        and its standard error on top.
+    unsure_drop
+        The same where the suspect is not conspicuous though it could be.
     conspicuous
         The suspect class is conspicuous if its distance is at most this, in [0, 1]: the size of
         its offset over the median of the other suspects', less a quarter of the softmax that
         suppressed weights give it.
-    cleared
-        Of a conspicuous suspect, a cut is enough only if an offset that is searched after it is as
-        large as this times the median of the suspects' before; at least 0. If it is not, or if no
-        cut is within the limits, the rest is repaired.
     untargeted
-        Where no class is conspicuous: an offset that leads away from all classes is, if its size
-        is at most this share of the median of the suspects', in [0, 1].
-    repair_epochs, repair_lr
-        Of Adam on scales and shifts of norms, and on biases, in a repair; without epochs there is
-        none.
+        Where no class is conspicuous: an offset that leads away from all classes is, if its
+        distance is at most this, in [0, 1]: its size over the median of the suspects', less half
+        of how evenly, in [0, 1], it sends images to all classes.
+    repair_alpha, repair_epochs, repair_lr
+        Of a repair, which follows the cut where the suspect is conspicuous: the weight in [0, 1]
+        of clean preserving, and Adam's on scales and shifts of norms, and on biases. Without
+        epochs there is none.
     shards
         Parts that a batch is computed in, at least 1. With the same number, results are the same
         to the last bit however many processes share the parts, with as many threads each; their
@@ -92,6 +95,7 @@ class DefenseConfig:
     exposure: str = "offset"
     alpha: float = 0.8
     weight_penalty: float = 0.3
+    suppressions: int = 4
     suppress_lr: float = 0.03
     suppress_decay: float = 0.01
     suppress_batch_size: int = 128
@@ -109,9 +113,10 @@ class DefenseConfig:
     max_pruned: float = 0.015
     few: int = 18
     max_drop: float = 3.0
-    conspicuous: float = 0.7
-    cleared: float = 1.1
-    untargeted: float = 0.9
+    unsure_drop: float = 0.0
+    conspicuous: float = 0.72
+    untargeted: float = 0.7
+    repair_alpha: float = 0.9
     repair_epochs: int = 20
     repair_lr: float = 0.01
     shards: int = 1
@@ -146,6 +151,7 @@ _COUNT = (1, _BIG, "at least 1")
 _RANGES: dict[str, tuple[float, float, str]] = {
     "alpha": (0.0, 1.0, "between 0 and 1"),
     "weight_penalty": _NOT_NEGATIVE,
+    "suppressions": _COUNT,
     "suppress_lr": _POSITIVE,
     "suppress_decay": _NOT_NEGATIVE,
     "suppress_batch_size": (2, _BIG, "at least 2"),
@@ -163,9 +169,10 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "max_pruned": (_TINY, 1.0, "above 0 and at most 1"),
     "few": _COUNT,
     "max_drop": (0.0, 100.0, "between 0 and 100 points"),
+    "unsure_drop": (0.0, 100.0, "between 0 and 100 points"),
     "conspicuous": (0.0, 1.0, "between 0 and 1"),
-    "cleared": _NOT_NEGATIVE,
     "untargeted": (0.0, 1.0, "between 0 and 1"),
+    "repair_alpha": (0.0, 1.0, "between 0 and 1"),
     "repair_epochs": (0, _BIG, "at least 0"),
     "repair_lr": _POSITIVE,
     "shards": _COUNT,

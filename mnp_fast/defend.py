@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,11 +23,11 @@ from .io import ensure_writable, load_checkpoint, save_checkpoint
 from .objectives import MaskFit
 from .progress import progress_bars
 from .repair import Repair
-from .result import CutPoint, DefenseResult, EpochRecord, LayerNeurons
+from .result import CutPoint, DefenseResult, EpochRecord, LayerNeurons, PrunedNeuron
 from .selection import admissible, affordable, choose, cut_points, prune, pruning_order
 from .stats import magnitudes, saliency
-from .suppression import favoured_classes, suppress
-from .suspects import distances, is_cleared, is_conspicuous, is_untargeted
+from .suppression import favour, favoured_classes, parts, suppress
+from .suspects import can_tell, distances, is_conspicuous, is_untargeted
 from .wrap import masks, unwrap, wrap
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ def defend(
     clean predictions against the exposure under a penalty on the magnitude they keep
     (Magnitude-based Neuron Pruning, arXiv 2405.17750; where the paper is silent, and how the
     default exposure differs, see `DefenseConfig`); the neurons of lowest mask are pruned, as few
-    as stop the exposure. What no such cut stops is repaired in norms and biases, if a backdoor is
-    conspicuous. No trigger, poisoned image or target class is needed.
+    as stop the exposure. Where a backdoor is conspicuous, norms and biases are then repaired, as
+    little as stops what is left of it. No trigger, poisoned image or target class is needed.
 
     Parameters
     ----------
@@ -106,10 +106,12 @@ class _State:
     """Where a run stands: all that a checkpoint holds."""
 
     epochs: dict[str, int] = field(default_factory=lambda: {"suppress": 0, "expose": 0, "fit": 0})
-    favours: dict[int, float] = field(default_factory=dict)
+    runs: list[list[float]] = field(default_factory=list)  # what each suppression favours
+    favours: dict[int, float] = field(default_factory=dict)  # of the suspects
     offset_sizes: dict[int, float] = field(default_factory=dict)
     offsets: dict[int, dict[str, Any]] = field(default_factory=dict)
     untargeted_size: float | None = None
+    untargeted_spread: float | None = None
     target: int | None = None
     conspicuous: bool = False
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -158,29 +160,38 @@ class _Defense:
             return self._select(exposure)
 
     def _suppress(self) -> nn.Module:
+        """The model after the last suppression; what they favour makes classes suspect."""
+        state, config = self.state, self.config
+        runs = config.suppressions if config.exposure == "offset" else 1
+        clean_sets = parts(self.data, runs, config.seed)
+        suppressed = self._resumed_suppression()
+        with self._task("Suppressing", len(clean_sets), len(state.runs)) as advance:
+            for part in clean_sets[len(state.runs) :]:
+                start = time.perf_counter()
+                for accuracy, loss in suppress(suppressed, part, config, state.epochs["suppress"]):
+                    state.suppressed = {
+                        name: tensor.to("cpu", copy=True)
+                        for name, tensor in tensors_of(suppressed).items()
+                    }
+                    self._record("suppress", -loss, accuracy, start)
+                    start = time.perf_counter()
+                state.runs.append(favour(suppressed, self.data))
+                if len(state.runs) < len(clean_sets):
+                    state.suppressed, state.epochs["suppress"] = {}, 0
+                    suppressed = self._resumed_suppression()
+                self._save()
+                advance()
+        favours = favoured_classes(state.runs)
+        state.favours = dict(list(favours.items())[: config.suspects])
+        return suppressed
+
+    def _resumed_suppression(self) -> nn.Module:
+        """A copy of the model to suppress, as far as a suppression has come."""
         suppressed = copy.deepcopy(self.model).eval()
         for parameter in suppressed.parameters():
             parameter.requires_grad_(True)
-        state = self.state
-        if state.suppressed:
-            suppressed.load_state_dict(state.suppressed, strict=False)
-        with self._task("Suppressing", self.config.suppress_epochs, "suppress") as advance:
-            if state.favours:
-                return suppressed
-            start = time.perf_counter()
-            for accuracy, loss in suppress(
-                suppressed, self.data, self.config, state.epochs["suppress"]
-            ):
-                state.suppressed = {
-                    name: tensor.to("cpu", copy=True)
-                    for name, tensor in tensors_of(suppressed).items()
-                }
-                self._record("suppress", -loss, accuracy, start)
-                advance()
-                start = time.perf_counter()
-        favours = favoured_classes(suppressed, self.data)
-        state.favours = dict(list(favours.items())[: self.config.suspects])
-        self._save()
+        if self.state.suppressed:
+            suppressed.load_state_dict(self.state.suppressed, strict=False)
         return suppressed
 
     def _expose(self, suppressed: nn.Module) -> OffsetExposure | WeightExposure:
@@ -190,7 +201,7 @@ class _Defense:
             state.target = next(iter(state.favours))
             return WeightExposure(self.masked, suppressed, self.data, state.target, config)
         suspects: list[int | None] = [*state.favours, None]
-        with self._task("Exposing", len(suspects), "expose") as advance:
+        with self._task("Exposing", len(suspects), state.epochs["expose"]) as advance:
             for suspect in suspects[state.epochs["expose"] :]:
                 start = time.perf_counter()
                 if suspect is not None:
@@ -216,8 +227,10 @@ class _Defense:
         if state.conspicuous or not config.untargeted:
             return
         exposure = OffsetExposure(self.masked, self.data, None, config)
-        state.untargeted_size = exposure.start()
-        if is_untargeted(state.untargeted_size, state.offset_sizes, config):
+        state.untargeted_size, state.untargeted_spread = exposure.start(), exposure.spread()
+        if is_untargeted(
+            state.untargeted_size, state.untargeted_spread, state.offset_sizes, config
+        ):
             state.target, state.exposure, state.conspicuous = None, exposure.state(), True
 
     def _fit(self, exposure: OffsetExposure | WeightExposure) -> None:
@@ -229,7 +242,7 @@ class _Defense:
                     mask.copy_(stored)
                 for velocity, stored in zip(fit.velocities, state.velocities, strict=True):
                     velocity.copy_(stored)
-        with self._task("Fitting", self.config.fit_epochs, "fit") as advance:
+        with self._task("Fitting", self.config.fit_epochs, state.epochs["fit"]) as advance:
             for epoch in range(state.epochs["fit"], self.config.fit_epochs):
                 start = time.perf_counter()
                 objective = fit.epoch(epoch)
@@ -257,24 +270,20 @@ class _Defense:
         conspicuous = self.state.conspicuous
         points = cut_points(self.masked, order, exposure, self.data, self.config, conspicuous)
         curve = []
-        with self._task("Cutting", None, None) as advance:
+        with self._task("Cutting", None) as advance:
             for point in points:
                 curve.append(point)
                 advance()
-        cut, repaired = choose(curve, len(self.data), self.config), None
-        prune(self.masked, order[: cut.pruned])
+        known = conspicuous or not can_tell(self.state.offset_sizes)
+        most = self.config.max_drop if known else self.config.unsure_drop
+        cut, repaired = choose(curve, len(self.data), self.config, most), None
         seconds = {**self.state.seconds, "select": time.perf_counter() - start}
         if conspicuous and self.config.repair_epochs:
+            assert isinstance(exposure, OffsetExposure)  # with weights, nothing is conspicuous
             start = time.perf_counter()
-            if cut is curve[0]:
-                most = affordable(curve, self.config)
-                prune(self.masked, order[: most.pruned])
-                repaired = self._repair(exposure, curve[0], most)
-                cut = cut if repaired is None else most
-                prune(self.masked, order[: cut.pruned])
-            elif not self._is_cleared(exposure):
-                repaired = self._repair(exposure, curve[0], cut)
+            cut, repaired = self._repair(exposure, order, curve, cut)
             seconds["repair"] = time.perf_counter() - start
+        prune(self.masked, order[: cut.pruned])
         return DefenseResult(
             model=self._purified(),
             neurons=neurons,
@@ -286,37 +295,43 @@ class _Defense:
             conspicuous=conspicuous,
             offset_sizes=self.state.offset_sizes,
             untargeted_size=self.state.untargeted_size,
+            untargeted_spread=self.state.untargeted_spread,
             history=[EpochRecord(**record) for record in self.state.history],
             seconds=seconds,
             config=self.config,
         )
 
-    def _is_cleared(self, exposure: OffsetExposure | WeightExposure) -> bool:
-        """Whether the cut has left no other short way to the suspect class."""
-        assert isinstance(exposure, OffsetExposure)  # with weights, nothing is conspicuous
-        return is_cleared(exposure.again(), self.state.offset_sizes, self.config)
-
     def _repair(
-        self, exposure: OffsetExposure | WeightExposure, before: CutPoint, cut: CutPoint
-    ) -> CutPoint | None:
-        """Quality after a repair of what the cut leaves; None, and undone, if it costs too much."""
+        self,
+        exposure: OffsetExposure,
+        order: Sequence[PrunedNeuron],
+        curve: Sequence[CutPoint],
+        chosen: CutPoint,
+    ) -> tuple[CutPoint, CutPoint | None]:
+        """The cut and the quality after a repair; if that costs too much, it is undone."""
+        cut = affordable(curve, self.config)
+        if 0 < chosen.pruned < cut.pruned:
+            cut = chosen
+        prune(self.masked, order[: cut.pruned])
+        exposure.again()
         repair = Repair(self.masked, exposure, self.data, self.config)
         if not repair.vectors:
-            return None
-        with self._task("Repairing", self.config.repair_epochs, None) as advance:
+            return chosen, None
+        with self._task("Repairing", self.config.repair_epochs) as advance:
             start = time.perf_counter()
             for epoch, objective in enumerate(repair.epochs(), 1):
-                accuracy, loss = evaluate(self.masked, self.data)
+                accuracy, _ = evaluate(self.masked, self.data)
                 seconds = time.perf_counter() - start
                 record = EpochRecord("repair", epoch, objective, accuracy, seconds)
                 self.state.history.append(asdict(record))
                 advance()
                 start = time.perf_counter()
-        point = CutPoint(cut.pruned, accuracy, loss, exposure.success())
-        if admissible(before, point, len(self.data), self.config):
-            return point
+        repair.shorten()
+        repaired = CutPoint(cut.pruned, *evaluate(self.masked, self.data), exposure.success())
+        if admissible(curve[0], repaired, len(self.data), self.config.max_drop):
+            return cut, repaired
         repair.undo()
-        return None
+        return chosen, None
 
     def _purified(self) -> nn.Module:
         """The masked model made plain, in the given model's modes."""
@@ -329,8 +344,7 @@ class _Defense:
         return plain
 
     @contextmanager
-    def _task(self, name: str, total: int | None, phase: str | None) -> Iterator[Any]:
-        done = self.state.epochs[phase] if phase else 0
+    def _task(self, name: str, total: int | None, done: int = 0) -> Iterator[Any]:
         task = self.progress.add_task(name, total=total, completed=done)
         yield lambda: self.progress.advance(task)
         finished = self.progress.tasks[task].completed
@@ -338,7 +352,8 @@ class _Defense:
 
     def _record(self, phase: str, loss: float, accuracy: float, start: float) -> None:
         seconds = time.perf_counter() - start
-        record = EpochRecord(phase, self.state.epochs[phase] + 1, loss, accuracy, seconds)
+        number = 1 + sum(record["phase"] == phase for record in self.state.history)
+        record = EpochRecord(phase, number, loss, accuracy, seconds)
         self.state.history.append(asdict(record))
         self._advance(phase, seconds)
 

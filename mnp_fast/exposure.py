@@ -122,11 +122,9 @@ class OffsetExposure:
         self.offsets = [self.first]
         return self._size(self.first)
 
-    def again(self) -> float:
-        """Search as `start` does, keep what is found beside the last offsets; returns its size."""
-        found = self._search(self.config.offset_steps)
-        self.offsets = [*self.offsets, found][-POOL:]
-        return self._size(found)
+    def again(self) -> None:
+        """Search as `start` does, and keep what is found beside the last offsets."""
+        self._keep(self._search(self.config.offset_steps))
 
     def renew(self, epoch: int) -> None:
         """Search once more, before every epoch but 0; every other time from the offset before."""
@@ -137,7 +135,7 @@ class OffsetExposure:
             found = self._search(steps // 2)
         else:
             found = self._search(steps // 6, self.offsets[-1])
-        self.offsets = [*self.offsets, found][-POOL:]
+        self._keep(found)
 
     def logits(self, images: Tensor, step: int) -> Tensor:
         """What the network makes of a batch under one of the offsets, in turn."""
@@ -146,6 +144,17 @@ class OffsetExposure:
     def success(self) -> float:
         """Percent of other classes' images that the first offset, widened, sends to the class."""
         return self._reached(WIDENED * self.first)
+
+    def spread(self) -> float:
+        """How evenly the first offset sends images to classes not their own, in [0, 1].
+
+        The entropy of those classes over the logarithm of their number; 0 where all go to one.
+        """
+        logits = predict(self.model, self.images(), self.processes)
+        chosen = logits.argmax(1)
+        counts = chosen[chosen != self.labels].bincount(minlength=logits.shape[1]).double()
+        shares = counts / counts.sum().clamp(min=1)
+        return torch.special.entr(shares).sum().item() / math.log(max(logits.shape[1], 2))
 
     def images(self) -> Tensor:
         """The other classes' images under the first offset."""
@@ -166,6 +175,9 @@ class OffsetExposure:
         shifted = images + offset
         shifted = torch.where(shifted < self.low, self.low, shifted)
         return torch.where(shifted > self.high, self.high, shifted)
+
+    def _keep(self, offset: Tensor) -> None:
+        self.offsets = [*self.offsets, offset][-POOL:]
 
     def _reached(self, offset: Tensor) -> float:
         """Percent of other classes' images that an offset sends to the class."""

@@ -95,6 +95,8 @@ class DefenseResult:
         the images' range of values; infinite where none was found. Empty with exposure by weights.
     untargeted_size
         Size of the offset that leads away from all classes; None if it was not searched.
+    untargeted_spread
+        How evenly it sends images to all classes, in [0, 1]; None likewise.
     history
         One record an epoch.
     seconds
@@ -113,6 +115,7 @@ class DefenseResult:
     conspicuous: bool
     offset_sizes: dict[int, float]
     untargeted_size: float | None
+    untargeted_spread: float | None
     history: list[EpochRecord]
     seconds: dict[str, float]
     config: DefenseConfig
@@ -161,6 +164,7 @@ class DefenseResult:
                 for label, size in self.offset_sizes.items()
             },
             "untargeted_size": self.untargeted_size,
+            "untargeted_spread": self.untargeted_spread,
             "curve": [asdict(point) for point in self.curve],
             "history": [asdict(record) for record in self.history],
             "seconds": dict(self.seconds),

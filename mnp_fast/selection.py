@@ -67,24 +67,24 @@ def cut_points(
         yield CutPoint(count, accuracy, loss, exposure.success())
 
 
-def choose(curve: Sequence[CutPoint], images: int, config: DefenseConfig) -> CutPoint:
+def choose(curve: Sequence[CutPoint], images: int, config: DefenseConfig, most: float) -> CutPoint:
     """The smallest cut that stops the exposure within the limits, or the curve's first point.
 
     A backdoor is carried by few neurons. Where no cut of the curve brings the exposure's success
-    down to `max_exposed` percent at an admissible loss of clean accuracy, what was exposed is
-    a weakness that clean features share, and nothing is cut.
+    down to `max_exposed` percent at an admissible loss of clean accuracy, `most` points, what was
+    exposed is a weakness that clean features share, and nothing is cut.
     """
     for point in curve:
-        if point.exposed <= config.max_exposed and admissible(curve[0], point, images, config):
+        if point.exposed <= config.max_exposed and admissible(curve[0], point, images, most):
             return point
     return curve[0]
 
 
-def admissible(before: CutPoint, after: CutPoint, images: int, config: DefenseConfig) -> bool:
-    """Whether a loss of accuracy exceeds `max_drop` by no more than its standard error."""
+def admissible(before: CutPoint, after: CutPoint, images: int, most: float) -> bool:
+    """Whether a loss of accuracy exceeds `most` points by no more than its standard error."""
     drop = before.accuracy - after.accuracy
     # At least this share of the answers changed; of its count, the root is the error.
-    return drop - math.sqrt(100 * max(drop, 0.0) / images) <= config.max_drop
+    return drop - math.sqrt(100 * max(drop, 0.0) / images) <= most
 
 
 def affordable(curve: Sequence[CutPoint], config: DefenseConfig) -> CutPoint:

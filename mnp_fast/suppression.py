@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .data import evaluate, predict
+from .data import CleanSet, evaluate, predict
 from .seeds import SUPPRESS, seeded
 
 if TYPE_CHECKING:
     from .config import DefenseConfig
-    from .data import CleanSet
 
 MAX_GRADIENT_NORM = 20.0
+PART = 0.7  # of the clean set for one of several runs: another order alone changes little
 
 
 def suppress(
@@ -84,19 +84,29 @@ def suppress(
             return
 
 
-def favour(suppressed: nn.Module, data: CleanSet) -> torch.Tensor:
-    """What a suppressed network gives each class, (classes,): mean softmax over other images.
+def parts(data: CleanSet, runs: int, seed: int) -> list[CleanSet]:
+    """What each suppression works on: parts of the clean set drawn at random; of one, all of it."""
+    if runs == 1:
+        return [data]
+    size = max(2, round(PART * len(data)))
+    drawn = (data.batches(size, seed, run)[0] for run in range(runs))
+    return [CleanSet(images, labels, data.processes) for images, labels in drawn]
+
+
+def favour(suppressed: nn.Module, data: CleanSet) -> list[float]:
+    """What a suppressed network gives each class: mean softmax over images of the others.
 
     In a backdoored network the attacker's class is among the first as a rule. NaN for a class that
     all images belong to.
     """
     probabilities = predict(suppressed, data.images, data.processes).softmax(1)
     own = F.one_hot(data.labels, probabilities.shape[1]).bool()
-    return probabilities.masked_fill(own, 0).sum(0) / (~own).sum(0)
+    favours: list[float] = (probabilities.masked_fill(own, 0).sum(0) / (~own).sum(0)).tolist()
+    return favours
 
 
-def favoured_classes(suppressed: nn.Module, data: CleanSet) -> dict[int, float]:
-    """What a suppressed network gives each class, most first; without those of NaN."""
-    means = favour(suppressed, data)
+def favoured_classes(favours: Sequence[Sequence[float]]) -> dict[int, float]:
+    """The mean of what suppressions favour, by class, most first; without classes of NaN."""
+    means = torch.tensor(favours, dtype=torch.float64).mean(0)
     order = means.argsort(descending=True, stable=True).tolist()
     return {label: means[label].item() for label in order if not means[label].isnan()}

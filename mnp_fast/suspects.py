@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .config import DefenseConfig
 
 FAVOUR = 0.25  # of the median size: what an offset counts less if suppressed weights give all to it
+SPREAD = 0.5  # what an offset counts less if it sends images to all classes alike
 RIVALS = 4  # other suspects without which a size says nothing
 
 
@@ -32,26 +33,27 @@ def distances(sizes: Mapping[int, float], favours: Mapping[int, float]) -> dict[
     return found
 
 
+def can_tell(sizes: Mapping[int, float]) -> bool:
+    """Whether there are enough suspects for one to be conspicuous."""
+    return len(sizes) > RIVALS
+
+
 def is_conspicuous(
     sizes: Mapping[int, float], favours: Mapping[int, float], config: DefenseConfig
 ) -> bool:
     """Whether the nearest class is so near, beside at least `RIVALS` others, that one suspects."""
-    if len(sizes) <= RIVALS:
-        return False
-    return min(distances(sizes, favours).values()) <= config.conspicuous
+    return can_tell(sizes) and min(distances(sizes, favours).values()) <= config.conspicuous
 
 
-def is_cleared(size: float, sizes: Mapping[int, float], config: DefenseConfig) -> bool:
-    """Whether an offset searched after the cut is as large as those of unsuspected classes."""
-    return size >= config.cleared * statistics.median(sizes.values())
-
-
-def is_untargeted(size: float, sizes: Mapping[int, float], config: DefenseConfig) -> bool:
+def is_untargeted(
+    size: float, spread: float, sizes: Mapping[int, float], config: DefenseConfig
+) -> bool:
     """Whether an offset away from all classes is conspicuous: a trigger that shifts every class.
 
     In a clean network it is harder to find one offset that spoils every class than one that leads
-    to one class.
+    to one class, and where it is not, it leads to that one class: nearly all images go to few
+    classes. So `SPREAD` times the offset's spread, in [0, 1], makes up for a larger size.
     """
-    if len(sizes) <= RIVALS or not math.isfinite(size):
+    if not can_tell(sizes) or not math.isfinite(size):
         return False
-    return size <= config.untargeted * statistics.median(sizes.values())
+    return size / statistics.median(sizes.values()) - SPREAD * spread <= config.untargeted

@@ -35,7 +35,7 @@ def _no_waiting_for_the_disk(monkeypatch):
 def small(exposure="offset", **settings):
     """A configuration of a few epochs that stops suppressing before the last one allowed."""
     short = {
-        "suppress_lr": 0.1, "suppress_epochs": 9, "suppress_accuracy": 60.0,
+        "suppressions": 2, "suppress_lr": 0.1, "suppress_epochs": 15, "suppress_accuracy": 60.0,
         "suppress_batch_size": 16, "offset_steps": 6, "fit_epochs": 3, "fit_batch_size": 10,
         "fit_lr": 0.2, "max_pruned": 0.5, "few": 1, "max_exposed": 99.0, "max_drop": 100.0,
     }  # fmt: skip
@@ -132,18 +132,40 @@ def test_nothing_is_repaired(settings):
     assert ("there is a suspect" in result.outcome()) == result.conspicuous
 
 
-@pytest.mark.parametrize("cleared", [0.0, 1e6])
-def test_a_cut_that_leaves_a_short_way_is_followed_by_a_repair(cleared, monkeypatch):
+@pytest.mark.parametrize("afforded", [1, 3, 9])
+def test_a_cut_is_no_longer_than_is_needed_and_afforded_before_a_repair(afforded, monkeypatch):
     monkeypatch.setattr("mnp_fast.suspects.RIVALS", 3)
-    settings = {"offset_steps": 40, "max_pruned": 0.25, "cleared": cleared, "repair_epochs": 9}
+    monkeypatch.setattr(module, "choose", lambda curve, *_: curve[3])
+    monkeypatch.setattr(module, "affordable", lambda curve, *_: curve[afforded])
+    settings = {"offset_steps": 40, "max_pruned": 0.25, "repair_epochs": 2}
     result = defend(backdoored().eval(), DATA, small(**settings))
     assert result.conspicuous
-    assert 0 < len(result.pruned) == result.cut.pruned
-    assert result.cut in result.curve
-    assert (result.repaired is not None) == (cleared > 0)
-    assert "repair" in result.seconds
-    if cleared:
-        assert result.repaired.pruned == result.cut.pruned
+    assert len(result.pruned) == result.cut.pruned == result.repaired.pruned == min(3, afforded)
+    assert result.repaired.accuracy == evaluate(result.model, CLEAN)[0]
+
+
+@pytest.mark.parametrize(("rivals", "limit"), [(4, "max_drop"), (3, "unsure_drop")])
+def test_a_cut_is_to_cost_less_where_a_suspect_could_be_conspicuous(rivals, limit, monkeypatch):
+    given = []
+    monkeypatch.setattr("mnp_fast.suspects.RIVALS", rivals)
+    monkeypatch.setattr(module, "choose", lambda curve, *rest: given.append(rest[-1]) or curve[0])
+    inconspicuous = {"offset_steps": 40, "conspicuous": 0.0, "untargeted": 0.0}
+    config = small(**inconspicuous, max_drop=7.0, unsure_drop=2.0)
+    defend(backdoored().eval(), DATA, config)
+    assert given == [getattr(config, limit)]
+
+
+def test_a_repair_that_costs_too_much_leaves_the_cut(monkeypatch):
+    monkeypatch.setattr("mnp_fast.suspects.RIVALS", 3)
+    monkeypatch.setattr(module, "choose", lambda curve, *_: curve[3])
+    monkeypatch.setattr(module, "affordable", lambda curve, *_: curve[1])
+    monkeypatch.setattr(module, "admissible", lambda *_: False)
+    model = backdoored().eval()
+    settings = {"offset_steps": 40, "max_pruned": 0.25, "repair_epochs": 2}
+    result = defend(model, DATA, small(**settings))
+    assert result.repaired is None
+    assert len(result.pruned) == result.cut.pruned == 3
+    assert torch.equal(result.model[8].bias, model[8].bias)
 
 
 @pytest.mark.usefixtures("no_cut_will_do")
@@ -179,7 +201,9 @@ def test_result_is_consistent(exposure):
         *(("fit", 1 + k) for k in range(3)),
     ]
     suppressed = [r for r in result.history if r.phase == "suppress"]
-    assert 1 < len(suppressed) < config.suppress_epochs
+    runs = config.suppressions if exposure == "offset" else 1
+    assert runs < len(suppressed) < runs * config.suppress_epochs
+    assert sum(record.accuracy <= 60 for record in suppressed) == runs
     assert suppressed[-1].accuracy <= 60 < suppressed[-2].accuracy
     assert all(r.loss < 0 for r in suppressed)
     assert list(result.masks) == ["1", "4"]
@@ -331,7 +355,7 @@ def test_goes_on_from_anywhere(exposure, moment, monkeypatch, tmp_path):
 def test_goes_on_after_many_interruptions(exposure, monkeypatch, tmp_path):
     path, runs = tmp_path / "c.pt", 0
     expected = outcome(defend(backdoored(), DATA, small(exposure)))
-    for _ in range(30):
+    for _ in range(60):
         runs += 1
         with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
             interrupted(patch, module, "save_checkpoint", 1, True)

@@ -96,11 +96,12 @@ def test_an_offset_away_from_all_classes():
 
 def test_a_search_after_a_change_joins_the_last_offsets():
     exposure = exposed(offset_steps=40, offset_decay=0.01)
-    size = exposure.start()
+    exposure.start()
     first = exposure.first
     for count in (2, 3, 3):
-        assert exposure.again() == size  # nothing has changed
+        exposure.again()
         assert len(exposure.offsets) == count
+        assert torch.equal(exposure.offsets[-1], first)  # nothing has changed
     assert exposure.first is first
 
 
@@ -259,3 +260,21 @@ def test_suppressed_weights_share_the_masks():
         assert torch.equal(suppressed.state_dict()[key], before[key])
     assert exposure.state() == {}
     exposure.load({})
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ([0, 1, 2, 0, 1, 2], 0.0),  # no image leaves its class
+        ([0, 0, 0, 0, 0, 0], 0.0),  # all that leave go to one
+        ([1, 2, 0, 1, 2, 0], 1.0),
+        ([1, 2, 0, 0, 1, 2], 1.0),
+        ([1, 2, 2, 0, 1, 2], math.log(2) / math.log(3)),
+    ],
+)
+def test_spread(chosen, expected, monkeypatch):
+    """Of the images that leave their class, whose labels are 0, 1, 2, 0, 1, 2."""
+    exposure = exposed(data=pixels(6), target=None)
+    logits = nn.functional.one_hot(torch.tensor(chosen), 3).float()
+    monkeypatch.setattr("mnp_fast.exposure.predict", lambda *_: logits)
+    assert exposure.spread() == pytest.approx(expected, abs=1e-6)

@@ -15,7 +15,7 @@ from mnp_fast.seeds import REPAIR
 from .trained import backdoored, stripes
 
 CLEAN = stripes(40, seed=2)
-CONFIG = DefenseConfig(repair_epochs=3, fit_batch_size=16, alpha=0.7, offset_steps=40)
+CONFIG = DefenseConfig(repair_epochs=3, fit_batch_size=16, repair_alpha=0.7, offset_steps=40)
 
 
 def prepared(model, config=CONFIG, data=CLEAN):
@@ -82,8 +82,29 @@ def test_weights_and_masks_stay_and_vectors_come_back():
     assert all(torch.equal(v, before[k]) for k, v in masked.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("successes", "share"),
+    [
+        ([10.0, 12.0], 0.5),
+        ([10.0, 12.1, 12.1, 11.0], 0.7),
+        ([10.0, 12.1, 12.1, 12.1, 12.1, 12.1, 10.0], 1.0),
+    ],
+)
+def test_a_way_is_as_short_as_stops_the_exposure_as_well(successes, share):
+    _, exposure, repair = prepared(backdoored().eval())
+    list(repair.epochs())
+    after, left = [vector.clone() for vector in repair.vectors], iter(successes)
+    exposure.success = lambda: next(left)
+    repair.shorten()
+    assert list(left) == []
+    for vector, start, end in zip(repair.vectors, repair.before, after, strict=True):
+        torch.testing.assert_close(vector, start + share * (end - start))
+        assert share < 1 or torch.equal(vector, end)
+
+
 def test_the_offset_is_stopped():
-    masked, exposure, repair = prepared(backdoored().eval(), DefenseConfig(repair_epochs=20))
+    config = DefenseConfig(repair_epochs=20, repair_alpha=0.8)
+    masked, exposure, repair = prepared(backdoored().eval(), config)
     with torch.no_grad():
         masks(masked)["4"].fill_(1)
 

@@ -59,6 +59,7 @@ def make_result(layers: list[str], pruned: int = 3, width: int = 12) -> DefenseR
         conspicuous=True,
         offset_sizes={4: 0.25, 2: 0.125, 1: 0.5, 0: math.inf},
         untargeted_size=None,
+        untargeted_spread=None,
         history=[
             EpochRecord("suppress", 1, -2.0, 20.0, 0.5),
             EpochRecord("fit", 1, 0.5, 90.0, 0.6),

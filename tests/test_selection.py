@@ -153,14 +153,14 @@ def curve(*pairs):
 )
 def test_choice(pairs, chosen):
     points = curve(*pairs)
-    assert choose(points, MANY, DefenseConfig(max_exposed=20, max_drop=5)) is points[chosen]
+    assert choose(points, MANY, DefenseConfig(max_exposed=20), 5) is points[chosen]
 
 
 def test_choice_follows_the_settings():
     points = curve((90, 100), (85, 40), (69, 10))
-    assert choose(points, MANY, DefenseConfig(max_exposed=40, max_drop=5)).pruned == 2
-    assert choose(points, MANY, DefenseConfig(max_exposed=40, max_drop=4)).pruned == 0
-    assert choose(points, MANY, DefenseConfig(max_exposed=39, max_drop=30)).pruned == 4
+    assert choose(points, MANY, DefenseConfig(max_exposed=40), 5).pruned == 2
+    assert choose(points, MANY, DefenseConfig(max_exposed=40), 4).pruned == 0
+    assert choose(points, MANY, DefenseConfig(max_exposed=39), 30).pruned == 4
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_choice_follows_the_settings():
 )
 def test_a_loss_counts_beyond_its_standard_error(images, drop, admissible):
     points = curve((90, 100), (90 - drop, 0))
-    cut = choose(points, images, DefenseConfig(max_drop=3.0))
+    cut = choose(points, images, DefenseConfig(), 3)
     assert (cut is points[1]) == admissible
 
 
@@ -189,6 +189,5 @@ def test_affordable_cuts_end_before_the_first_costly_one(accuracies, last):
 
 def test_admissible_is_what_choice_admits():
     before, *points = curve((90, 100), (87, 0), (86, 0), (85, 0), (84, 0))
-    config = DefenseConfig(max_drop=3.0)
-    admitted = [admissible(before, point, 100, config) for point in points]
+    admitted = [admissible(before, point, 100, 3) for point in points]
     assert admitted == [True, True, True, False]

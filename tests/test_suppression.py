@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch.nn import functional as F
 from mnp_fast import DefenseConfig
 from mnp_fast.data import CleanSet, evaluate
 from mnp_fast.seeds import SUPPRESS
-from mnp_fast.suppression import MAX_GRADIENT_NORM, favoured_classes, suppress
+from mnp_fast.suppression import MAX_GRADIENT_NORM, favour, favoured_classes, parts, suppress
 
 from .trained import backdoored, stripes
 
@@ -147,22 +148,41 @@ def test_overflow_is_an_error(threshold):
         list(suppress(backdoored(), CLEAN, config))
 
 
-def test_favoured_classes_leave_out_own_images():
+def test_favour_leaves_out_own_images():
     """The images are the logits. Class 0 has most of all, but 2 has most of other classes'."""
     own = 50.0
     images = torch.tensor(
         [[own, 0, 0, 0], [own, 0, 0, 0], [own, 0, 0, 0], [0, 0, 4, 3], [0, 0, own, 0], [0, 0, 2, 3]]
     )
     labels = torch.tensor([0, 0, 0, 1, 2, 3])
-    found = favoured_classes(nn.Identity(), CleanSet(images, labels))
-    assert list(found) == [2, 3, 0, 1]
-    others = images[labels != 2].softmax(1)[:, 2]
-    assert found[2] == pytest.approx(others.mean().item(), rel=1e-6)
+    found = favour(nn.Identity(), CleanSet(images, labels))
+    expected = [images[labels != label].softmax(1)[:, label].mean() for label in range(4)]
+    torch.testing.assert_close(torch.tensor(found), torch.stack(expected))
+    assert list(favoured_classes([found])) == [2, 3, 0, 1]
     same = CleanSet(images[:3], labels[:3])  # no images of other classes than 0
-    assert list(favoured_classes(nn.Identity(), same)) == [1, 2, 3]
+    assert list(favoured_classes([favour(nn.Identity(), same)])) == [1, 2, 3]
+
+
+def test_favoured_classes_are_those_of_the_mean():
+    found = favoured_classes([[0.5, 0.2, 0.3, math.nan], [0.0, 0.6, 0.3, math.nan]])
+    assert list(found) == [1, 2, 0]
+    assert list(found.values()) == pytest.approx([0.4, 0.3, 0.25])
+
+
+def test_parts_differ_and_repeat():
+    images = torch.arange(10.0)[:, None]
+    data = CleanSet(images, torch.arange(10))
+    assert parts(data, 1, 0) == [data]
+    drawn = [part.labels.tolist() for part in parts(data, 3, 5)]
+    assert all(len(set(labels)) == 7 for labels in drawn)
+    assert len({frozenset(labels) for labels in drawn}) == 3
+    assert drawn == [part.labels.tolist() for part in parts(data, 3, 5)]
+    assert drawn != [part.labels.tolist() for part in parts(data, 3, 6)]
+    assert all(torch.equal(part.images[:, 0], part.labels.float()) for part in parts(data, 3, 5))
+    assert [len(part) for part in parts(CleanSet(images[:2], data.labels[:2]), 2, 0)] == [2, 2]
 
 
 def test_favoured_classes_find_the_target():
     model = backdoored().eval()
     list(suppress(model, CLEAN, DefenseConfig(suppress_lr=0.1)))
-    assert next(iter(favoured_classes(model, CLEAN))) == 0
+    assert next(iter(favoured_classes([favour(model, CLEAN)]))) == 0

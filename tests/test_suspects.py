@@ -3,7 +3,7 @@ import math
 import pytest
 
 from mnp_fast import DefenseConfig
-from mnp_fast.suspects import distances, is_cleared, is_conspicuous, is_untargeted
+from mnp_fast.suspects import distances, is_conspicuous, is_untargeted
 
 NONE = dict.fromkeys(range(6), 0.0)
 
@@ -48,22 +48,18 @@ def test_conspicuous(sizes, favour, expected):
     assert is_conspicuous(sizes_of(*sizes), {**NONE, 0: favour}, config) == expected
 
 
-def test_cleared():
-    config = DefenseConfig(cleared=1.5)
-    sizes = sizes_of(0.1, 0.2, 0.4)
-    found = [is_cleared(size, sizes, config) for size in (0.29, 0.31, math.inf)]
-    assert found == [False, True, True]
-
-
 @pytest.mark.parametrize(
-    ("size", "sizes", "expected"),
+    ("size", "spread", "sizes", "expected"),
     [
-        (0.9, [1, 1, 1, 1, 1], True),
-        (0.91, [1, 1, 1, 1, 1], False),
-        (0.9, [1, 1, 1, 1], False),  # too few classes
-        (math.inf, [math.inf] * 5, False),
-        (0.9, [1, 0.5, 0.5, 0.5, 1], False),
+        (0.9, 0.0, [1, 1, 1, 1, 1], True),
+        (0.91, 0.0, [1, 1, 1, 1, 1], False),
+        (1.15, 0.5, [1, 1, 1, 1, 1], True),
+        (1.16, 0.5, [1, 1, 1, 1, 1], False),
+        (0.9, 1.0, [1, 1, 1, 1], False),  # too few classes
+        (math.inf, 1.0, [math.inf] * 5, False),
+        (0.9, 0.0, [1, 0.5, 0.5, 0.5, 1], False),
     ],
 )
-def test_untargeted(size, sizes, expected):
-    assert is_untargeted(size, sizes_of(*sizes), DefenseConfig(untargeted=0.9)) == expected
+def test_untargeted(size, spread, sizes, expected):
+    config = DefenseConfig(untargeted=0.9)
+    assert is_untargeted(size, spread, sizes_of(*sizes), config) == expected

@@ -20,7 +20,7 @@ from ..stats import magnitudes
 from ..stats.changes import change_scores
 from ..stats.correlation import Array, deviations, robust_z, spearman
 from ..stats.saliency import sample_changes
-from ..suppression import favour, suppress
+from ..suppression import favour, favoured_classes, parts, suppress
 from ..wrap import masks, wrap
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from ..config import DefenseConfig
 
 BATCH = 256  # samples of a batch of gradients
-SUBSET = 0.7  # of the clean set for one suppression: another order alone changes little or nothing
 
 
 @dataclass(frozen=True)
@@ -90,21 +89,19 @@ def gather(
     config
         Its `site`, `suppress_*`, `offset_*`, `suspects` and `seed`.
     runs
-        Suppressions, each with a part of the clean set, drawn at random.
+        Suppressions, as `mnp_fast.suppression.parts` shares the clean set out.
     progress
         Where a bar is shown.
     """
     masked = wrap(model, config.site, example_inputs=(data.images[:2],)).eval()
     task = progress.add_task("Detecting", total=None)
     favours, epochs = [], []
-    for run in range(runs):
+    for part in parts(data, runs, config.seed):
         suppressed = copy.deepcopy(model).eval().requires_grad_(True)
-        images, labels = data.batches(max(2, round(SUBSET * len(data))), config.seed, run)[0]
-        subset = CleanSet(images, labels, data.processes)
-        epochs.append(sum(1 for _ in suppress(suppressed, subset, config)))
-        favours.append(favour(suppressed, data).tolist())
+        epochs.append(sum(1 for _ in suppress(suppressed, part, config)))
+        favours.append(favour(suppressed, data))
         progress.advance(task)
-    classes = _suspects(favours, config)
+    classes = list(favoured_classes(favours))[: config.suspects]
     progress.update(task, total=runs + len(classes) + 2)
     with _masks_only(masked), frozen_weights(masked):
         searched = {label: OffsetExposure(masked, data, label, config) for label in classes}
@@ -148,13 +145,6 @@ def suspect_class(favours: list[list[float]], sizes: dict[int, float]) -> int:
         lowest = min(by_label.values())
         score = score + np.array([by_label.get(label, lowest) for label in labels])
     return labels[int(np.argmax(score))]
-
-
-def _suspects(favours: list[list[float]], config: DefenseConfig) -> list[int]:
-    """The classes to search offsets for: those that suppressions favour most."""
-    mean = np.mean(np.array(favours), axis=0)
-    order: list[int] = np.argsort(-mean, kind="stable").tolist()
-    return [label for label in order if math.isfinite(mean[label])][: config.suspects]
 
 
 def _means(masked: nn.Module, data: CleanSet) -> dict[str, Array]:
