@@ -37,7 +37,7 @@ class CutPoint:
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """One epoch of a phase (`"suppress"`, `"fit"` or `"repair"`).
+    """One epoch of a phase (`"suppress"`, `"fit"` or `"repair"`), counted through all suppressions.
 
     `loss` is the phase's objective in nats (for `"suppress"` the clean loss, negated), `accuracy`
     the clean accuracy in percent after the epoch of the model the phase works on, `seconds` the
@@ -82,8 +82,8 @@ class DefenseResult:
     cut
         The point of `curve` that was chosen.
     repaired
-        Quality on the clean set after the repair, if there was one: the `cut` alone did not stop
-        the exposure. None if scales, shifts and biases are as they were.
+        Quality on the clean set after the repair, if there was one: the suspect was conspicuous.
+        None if scales, shifts and biases are as they were.
     target
         The suspect class: the nearest by offset and suppression, or with exposure by weights the
         one that suppressed weights favour most. None if an offset away from all classes is what
