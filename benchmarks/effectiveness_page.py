@@ -36,6 +36,8 @@ deviation where there are several.
   nothing else.
 - `+rule`: the peer's order of neurons, cut by the rule of `mnp_fast.defend`, without its repair.
   Without `+rule`, the peer's published cut.
+  But for badnets and wanet of width 16, figures of `+rule` are of a rule before the last change:
+  one suppression in place of four, and cuts that may cost `max_drop` where nothing is conspicuous.
 - **Seeds 0 and 1 are not held back**: `few`, `conspicuous`, `untargeted` and the repair of `mnp`
   were set after a look at what it did to models of these seeds; `unsure_drop` after the clean model
   of seed 2. Where there are other seeds than 0 and 1, a table of its own is of them alone.
