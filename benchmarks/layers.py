@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from mnp_fast import frozen_weights
 from mnp_fast.ops import masked_conv2d, masked_linear
 from mnp_fast.ops.conv import output_size
+from mnp_fast.ops.linear import as_image, kernel_wins
 
 from .compiled import add_compiled, compiled
 from .timing import OURS, Case, Function, Tensors
@@ -85,7 +86,8 @@ def cases(quick: bool) -> Iterator[Case]:
     for shape in SQUARE:
         yield from Layer(shape, 128).cases(quick)
     yield from Layer(STEM, 4).cases(quick)
-    yield from Linear(512, 1000, 128).cases(quick)
+    for linear in (Linear(512, 1000, 128), Linear(384, 1536, 2048)):
+        yield from linear.cases(quick)
 
 
 @contextmanager
@@ -272,8 +274,7 @@ class Linear(Layer):
 
     def __init__(self, channels: int, neurons: int, batch: int) -> None:
         super().__init__(Shape(channels, neurons, 1, kernel=1), batch)
-        self.name = f"linear, {channels} to {neurons}, batch {batch}"
-        self.ways = {"product": Way("product", self.weight)}
+        self.name = f"linear, {channels} to {neurons}, {batch} rows"
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x.flatten(1), weight.flatten(1), bias)[:, :, None, None]
@@ -288,6 +289,11 @@ class Linear(Layer):
     def masked_grads(
         self, grad: Tensor, x: Tensor, y: Tensor, u: Tensor, vectors: Tensors, way: Way
     ) -> tuple[Tensor, Tensor]:
+        parts = [as_image(t.flatten(1), per_sample=False) for t in (grad, x, y, u)]
+        if kernel_wins(x.flatten(1), way.weight.flatten(1)):
+            sums, dx = super().masked_grads(*parts, vectors, way)
+            return sums, dx.movedim(1, -1).reshape(x.shape)
+        grad, x, y, u = parts
         needs = (True, False, True)
         g, _, sums = torch.ops.mnp_fast.masked_affine_backward(grad, u, y, *vectors, *needs)
-        return sums, self.input_grad(g, x, way.weight)
+        return sums, self.input_grad(g.movedim(1, -1).reshape(-1, g.shape[1]), x, way.weight)

@@ -62,6 +62,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("instruction_set") = mnp::cpu::kernels().name;
   m.def("set_memory_budget", &mnp::ops::set_memory_budget);
   m.def("freeze_weights", &mnp::ops::freeze_weights);
+  m.def("weights_are_frozen", &mnp::ops::weights_are_frozen);
   m.def("forget_weights", &mnp::ops::forget_weights);
   m.def("thaw_weights", &mnp::ops::thaw_weights);
   m.def("memory_budget", &mnp::ops::memory_budget);

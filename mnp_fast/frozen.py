@@ -14,7 +14,9 @@ from ._extension import _C
 
 @contextmanager
 def frozen_weights(model: nn.Module) -> Iterator[None]:
-    """Keep a model's convolution weights packed while the block runs, instead of packing each call.
+    """Keep a model's weights packed while the block runs, instead of packing them in each call.
+
+    These are the weights of 2-d convolutions and of linear layers.
 
     Before each call of the model, versions and addresses of its weights are compared: one that was
     changed in place, loaded, moved or replaced is packed anew. Masks, norms and biases may change
@@ -33,7 +35,7 @@ def frozen_weights(model: nn.Module) -> Iterator[None]:
     kept = [
         _Kept(layer)
         for layer in model.modules()
-        if isinstance(layer, nn.Conv2d) and layer._parameters.get("weight") is not None
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and layer._parameters.get("weight") is not None
     ]
 
     def refresh(*_: Any) -> None:
@@ -51,7 +53,7 @@ def frozen_weights(model: nn.Module) -> Iterator[None]:
 class _Kept:
     """A layer's weight as it was when it was packed."""
 
-    def __init__(self, layer: nn.Conv2d) -> None:
+    def __init__(self, layer: nn.Conv2d | nn.Linear) -> None:
         self.layer = layer
         self.freeze()
 

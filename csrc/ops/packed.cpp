@@ -53,6 +53,12 @@ void thaw_weights(int64_t address) {
   table().count = static_cast<int64_t>(table().frozen.size());
 }
 
+bool weights_are_frozen(int64_t address) {
+  if (table().count == 0) return false;
+  const auto guard = lock_soon(table().lock);
+  return guard && table().frozen.count(address) > 0;
+}
+
 void forget_weights(int64_t address) {
   const std::lock_guard guard(table().lock);
   const auto at = table().frozen.find(address);

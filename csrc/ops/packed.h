@@ -12,6 +12,8 @@ namespace mnp::ops {
 void freeze_weights(int64_t address);
 void thaw_weights(int64_t address);
 
+bool weights_are_frozen(int64_t address);
+
 // They did change: what was packed of them is dropped.
 void forget_weights(int64_t address);
 

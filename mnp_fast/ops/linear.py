@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .. import backends
-from ._common import autocast
+from .._extension import _C
+from ._common import autocast, in_transform, wants_grad
 from .affine import masked_affine, plain_affine
+from .conv import masked_conv2d
+
+# From where the convolution's kernel is faster than torch's product, the second if it is packed.
+FEWEST_ROWS, FEWEST_WEIGHTS = 1024, 2**18
+PARTS = 16  # of the rows; threads share them in the backward
 
 
 def masked_linear(
@@ -26,8 +34,9 @@ def masked_linear(
 ) -> Tensor:
     """``act(mask * (scale * (x @ weight.T) + shift) + bias + residual)``.
 
-    The product is torch's, whose matrix products are hard to beat; the rest is one operator,
-    `masked_affine`.
+    On the CPU in float32, one kernel computes all of it where x has many rows, or the weight is
+    large and frozen (`frozen_weights`), and the weight takes no gradient. Elsewhere the product is
+    torch's, whose matrix products are hard to beat, and the rest one operator, `masked_affine`.
 
     Parameters
     ----------
@@ -73,36 +82,58 @@ def output_shape(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[in
     return shape
 
 
-def _product_and(
-    affine: Callable[..., Tensor],
+def _on_image(
+    operator: Callable[..., Tensor],
     x: Tensor,
-    weight: Tensor,
     mask: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    bias: Tensor | None,
+    *vectors: Tensor | None,
     residual: Tensor | None,
     activation: str,
 ) -> Tensor:
-    y = affine(
-        as_image(F.linear(x, weight)),
-        mask,
-        scale,
-        shift,
-        bias,
-        None if residual is None else as_image(autocast(residual)),
-        activation=activation,
-    )
-    return y.movedim(1, -1).reshape(*x.shape[:-1], weight.shape[0])
+    """An operator on images, applied to (N, *, C)."""
+    per_sample = mask is not None and mask.dim() == 2
+    added = None if residual is None else as_image(autocast(residual), per_sample)
+    y = operator(as_image(x, per_sample), mask, *vectors, added, activation=activation)
+    return y.movedim(1, -1).reshape(*x.shape[:-1], y.shape[1])
 
 
-backends.register_compiled(
-    "masked_linear", partial(_product_and, masked_affine), partial(_product_and, plain_affine)
-)
+def _plain(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    *vectors, residual, activation = others
+    product = F.linear(x, weight)
+    return _on_image(plain_affine, product, *vectors, residual=residual, activation=activation)
 
 
-def as_image(x: Tensor) -> Tensor:
-    """(N, *, C) as a channels-last image (N, C, positions, 1), without copying."""
-    samples = x.shape[0] if x.dim() > 1 else 1
-    positions = x.shape[1:-1].numel() if x.dim() > 1 else 1
-    return x.reshape(samples, positions, 1, x.shape[-1]).movedim(-1, 1)
+def _compiled(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    *vectors, residual, activation = others
+    if kernel_wins(x, weight):
+        filters = weight[:, :, None, None]
+        image, operator = x, lambda x, *rest, **options: masked_conv2d(x, filters, *rest, **options)
+    else:
+        image, operator = F.linear(x, weight), masked_affine
+    return _on_image(operator, image, *vectors, residual=residual, activation=activation)
+
+
+def kernel_wins(x: Tensor, weight: Tensor) -> bool:
+    """Whether the convolution's kernel is faster than torch's product, as measured on AVX2."""
+    if not x.is_cpu or not x.dtype == weight.dtype == torch.float32 or wants_grad(weight):
+        return False
+    if in_transform() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    if x.numel() >= FEWEST_ROWS * x.shape[-1] > 0:
+        return True
+    has_memory = type(weight) in (Tensor, torch.nn.Parameter)  # subclasses may have none
+    large = has_memory and weight.numel() >= FEWEST_WEIGHTS
+    return large and _C.weights_are_frozen(weight.data_ptr())
+
+
+backends.register_compiled("masked_linear", _compiled, _plain)
+
+
+def as_image(x: Tensor, per_sample: bool = True) -> Tensor:
+    """(N, *, C) as a channels-last image (N, C, positions, 1), without copying.
+
+    If not `per_sample`, the image's samples are parts of all rows.
+    """
+    rows = x.shape[:-1].numel()
+    samples = (x.shape[0] if x.dim() > 1 else 1) if per_sample else math.gcd(rows, PARTS)
+    return x.reshape(samples, rows // max(samples, 1), 1, x.shape[-1]).movedim(-1, 1)

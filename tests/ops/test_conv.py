@@ -1,9 +1,11 @@
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
-from mnp_fast import reference
+from mnp_fast import frozen_weights, reference, wrap
 from mnp_fast.ops import masked_conv2d, masked_linear
 
 from .cases import (
@@ -286,18 +288,22 @@ def test_integers_are_refused():
 LINEAR_SHAPES = [(5, 7), (7,), (2, 3, 7), (2, 3, 4, 7), (0, 7), (2, 0, 7)]
 
 
+def linear_problem(shape, neurons, mask):
+    """Random tensors, in the mask's dtype, for every argument of masked_linear."""
+    dtype = mask.dtype
+    return {
+        "x": torch.randn(shape, dtype=dtype),
+        "weight": torch.randn(neurons, shape[-1], dtype=dtype),
+        "mask": mask,
+        **{name: torch.randn(neurons, dtype=dtype) for name in VECTORS[1:]},
+        "residual": torch.randn(*shape[:-1], neurons, dtype=dtype),
+    }
+
+
 @pytest.mark.parametrize("shape", LINEAR_SHAPES)
 @pytest.mark.parametrize("activation", ["none", "relu"])
 def test_linear_matches_reference(shape, activation):
-    mine = require_grad(
-        {
-            "x": torch.randn(*shape, dtype=torch.float64),
-            "weight": torch.randn(20, 7, dtype=torch.float64),
-            "mask": random_mask(20),
-            **{name: torch.randn(20, dtype=torch.float64) for name in VECTORS[1:]},
-            "residual": torch.randn(*shape[:-1], 20, dtype=torch.float64),
-        }
-    )
+    mine = require_grad(linear_problem(shape, 20, random_mask(20)))
     exact = require_grad(mine)
     y = masked_linear(**mine, activation=activation)
     expected_in = {
@@ -309,6 +315,48 @@ def test_linear_matches_reference(shape, activation):
     y.backward(grad)
     expected.backward(grad)
     assert_same_grads(mine, exact, 1e-13)
+
+
+@pytest.fixture
+def no_product(monkeypatch):
+    """Torch's product fails: the layer has to do without it."""
+
+    def fail(*_):
+        raise AssertionError("torch's product was called")
+
+    monkeypatch.setattr("mnp_fast.ops.linear.F", SimpleNamespace(linear=fail))
+
+
+@pytest.mark.parametrize("shape", [(1024, 7), (1031, 7), (3, 400, 5), (2, 3, 200, 5)])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_many_rows_are_computed_by_the_convolutions_kernel(shape, per_sample, no_product):
+    mask = random_mask(*shape[:1] * per_sample, 20, dtype=torch.float32)
+    inputs = linear_problem(shape, 20, mask)
+    weight = inputs.pop("weight")
+    mine = require_grad(inputs)
+    exact = require_grad({name: tensor.double() for name, tensor in inputs.items()})
+    y = masked_linear(**mine, weight=weight, activation="relu")
+    expected = reference.masked_linear(**exact, weight=weight.double(), activation="relu")
+    assert y.shape == expected.shape
+    assert relative_error(y, expected) <= TOLERANCE[torch.float32]
+    grad = torch.randn_like(y) * ((y > 0) == (expected > 0))
+    y.backward(grad)
+    expected.backward(grad.double())
+    assert_same_grads(mine, exact, TOLERANCE[torch.float32])
+
+
+def test_large_frozen_weights_are_computed_by_the_convolutions_kernel(no_product):
+    layers = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 2))
+    model, exact = wrap(layers, site="filter").requires_grad_(False), layers.double()
+    x = torch.randn(3, 512)
+    with pytest.raises(AssertionError, match="product"):
+        model(x)
+    with frozen_weights(model):
+        for _ in range(2):
+            assert relative_error(model(x), exact(x.double())) <= TOLERANCE[torch.float32]
+            with torch.no_grad():
+                model[0].weight.mul_(2)
+                exact[0].weight.mul_(2)
 
 
 def test_linear_per_sample_masks():
