@@ -29,7 +29,7 @@ from mnp_fast.io import atomic_path, ensure_writable
 from .attacks import ATTACKS
 from .blind import run_blind
 from .defenses import OURS, defense, names
-from .effectiveness_page import write_page
+from .effectiveness_page import stored, write_page
 from .population import PAPER, STORE, Setting, Subject, measure, settings, subject
 
 ROOT = Path(__file__).parent.parent
@@ -72,6 +72,22 @@ def run_cell(cell: Cell, trained: Subject, store: Path, cells: Path) -> dict[str
     after = measure(outcome.model, setting, trained.trigger, trained.data)
     cut, neurons = pruned(trained.model, outcome.model)
     return {**figures, "after": after, "pruned": cut, "neurons": neurons, "s": outcome.seconds}
+
+
+def check_model(trained: Subject, folder: Path) -> None:
+    """Refuse a model that the stored cells of its setting are not of.
+
+    Raises
+    ------
+    ValueError
+        Their figures before the defense differ.
+    """
+    found = stored(folder)
+    if found and found[0]["before"] != trained.figures:
+        raise ValueError(
+            f"'{folder}' has cells of another model of this setting, with figures "
+            f"{found[0]['before']}, not {trained.figures}: delete them, or restore the model"
+        )
 
 
 @torch.no_grad()
@@ -144,6 +160,7 @@ def main(
             continue
         if trained is None or trained.setting != cell.setting:
             trained = subject(cell.setting, data, store)
+            check_model(trained, file.parent)
         console.print(f"{cell.setting.key}  {cell.defense}  {cell.clean} clean", end="")
         figures = run_cell(cell, trained, store, cells)
         after = [f"{key} {value:.1f}" for key, value in figures.get("after", {}).items()]

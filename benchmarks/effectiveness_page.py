@@ -18,6 +18,7 @@ from mnp_fast.io import atomic_path
 from mnp_fast.plots import INK, MUTED, PRUNED
 
 from .attacks import ATTACKS
+from .defenses import OURS
 from .population import CLEAN, COLUMNS, COST, TOOK, failures
 
 CellFigures = dict[str, Any]
@@ -35,9 +36,8 @@ deviation where there are several.
 - Defenses get the model, the clean images and a seed, in a process of their own that is given
   nothing else.
 - `+rule`: the peer's order of neurons, cut by the rule of `mnp_fast.defend`, without its repair.
-  Without `+rule`, the peer's published cut.
-  But for badnets and wanet of width 16, figures of `+rule` are of a rule before the last change:
-  one suppression in place of four, and cuts that may cost `max_drop` where nothing is conspicuous.
+  Without `+rule`, the peer's published cut. `mnp:` with settings of `DefenseConfig` behind it is
+  `mnp` with these in place of the defaults.
 - **Seeds 0 and 1 are not held back**: `few`, `conspicuous`, `untargeted` and the repair of `mnp`
   were set after a look at what it did to models of these seeds; `unsure_drop` after the clean model
   of seed 2. Where there are other seeds than 0 and 1, a table of its own is of them alone.
@@ -45,38 +45,129 @@ deviation where there are several.
 LOOKED_AT = (0, 1)  # seeds of models on which settings were chosen
 
 
+Section = tuple[str, int, str, int, int, int]  # data, size, arch, width, epochs, clean images
+
+
 def write_page(cells: Path, page: Path) -> str:
-    """Write the page, and one picture a section beside it in `images`; returns the text."""
-    sections: dict[tuple[Any, ...], list[CellFigures]] = defaultdict(list)
-    for file in sorted(cells.glob("*/*.json")):
-        figures = json.loads(file.read_text())
-        setting = figures["cell"]["setting"]
-        fixed = [setting[key] for key in ("data", "size", "arch", "width", "epochs")]
-        key = (*fixed, figures["cell"]["clean"])
-        sections[key].append(figures)
-    text = HEAD
-    for index, ((data, size, arch, width, epochs, clean), found) in enumerate(sections.items()):
-        title = f"{data} {size}×{size}, {arch} of width {width}, {epochs} epochs, {clean} clean"
+    """Write the page, and one picture a section beside it in `images`; returns the text.
+
+    Raises
+    ------
+    ValueError
+        Cells of one setting are of different models.
+    """
+    sections: dict[Section, list[CellFigures]] = defaultdict(list)
+    for folder in sorted(cells.glob("*")):
+        for figures in stored(folder):
+            setting = figures["cell"]["setting"]
+            data, size, arch, width, epochs = (
+                setting[key] for key in ("data", "size", "arch", "width", "epochs")
+            )
+            sections[data, size, arch, width, epochs, figures["cell"]["clean"]].append(figures)
+    largest = sorted(sections.items(), key=lambda item: -len(item[1]))
+    text = HEAD + _overview(largest)
+    for index, (section, found) in enumerate(largest):
         picture = page.parent / "images" / f"effectiveness-{index}.png"
         picture.parent.mkdir(parents=True, exist_ok=True)
+        plain = [figures for figures in found if not _is_variant(figures)]
         with atomic_path(picture) as path:
-            _picture(found).savefig(path, format="png")
-        title = (
-            f"{data} {size}×{size}, {arch} of width {width}, {epochs} epochs, {clean} clean images"
-        )
-        text += f"\n## {title}\n\n![Attack success left](images/{picture.name})\n\n"
-        text += _summary(found) + "\n"
-        unseen = [one for one in found if one["cell"]["setting"]["seed"] not in LOOKED_AT]
-        if unseen:
-            text += f"Without seeds {' and '.join(map(str, LOOKED_AT))}:\n\n{_summary(unseen)}\n"
-        text += _models(found) + "\n" + _details(found)
+            _picture(plain).savefig(path, format="png")
+        text += f"\n## {_title(section)}\n\n![Attack success left](images/{picture.name})\n\n"
+        text += _summaries(plain) + _variants(found) + _models(found) + "\n" + _details(found)
     with atomic_path(page) as path:
         path.write_text(text)
     return text
 
 
+def stored(folder: Path) -> list[CellFigures]:
+    """The cells of one model.
+
+    Raises
+    ------
+    ValueError
+        They are of different models.
+    """
+    found = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    for figures in found:
+        if figures["before"] != found[0]["before"]:
+            raise ValueError(f"cells in '{folder}' are of different models; delete the older ones")
+    return found
+
+
+def _title(section: Section) -> str:
+    data, size, arch, width, epochs, clean = section
+    return f"{data} {size}×{size}, {arch} of width {width}, {epochs} epochs, {clean} clean images"
+
+
+def _overview(sections: list[tuple[Section, list[CellFigures]]]) -> str:
+    """A row a section: what is left after ours with its defaults."""
+    rows = []
+    for section, found in sections:
+        ours = [figures for figures in found if figures["cell"]["defense"] == OURS]
+        rows += [[_title(section), *row[1:-2]] for row in _rows(ours)]
+    return f"\n`{OURS}`, by data and network:\n\n" + table(["", *SUMMARY[1:-2]], rows)
+
+
+def _summaries(found: list[CellFigures]) -> str:
+    """All defenses on the models that peers ran on; ours on all, and on those not looked at."""
+    ours = [figures for figures in found if figures["cell"]["defense"] == OURS]
+    compared = {_model(figures) for figures in found if figures["cell"]["defense"] != OURS}
+    text = ""
+    if compared:
+        text += table(SUMMARY, _rows(f for f in found if _model(f) in compared)) + "\n"
+    seeds = sorted({figures["cell"]["setting"]["seed"] for figures in ours})
+    if any(_model(figures) not in compared for figures in ours):
+        text += (
+            f"`{OURS}` on seeds {', '.join(map(str, seeds))}:\n\n{table(SUMMARY, _rows(ours))}\n"
+        )
+    unseen = [f for f in ours if f["cell"]["setting"]["seed"] not in LOOKED_AT]
+    if unseen:
+        looked_at = " and ".join(map(str, LOOKED_AT))
+        text += f"Without seeds {looked_at}:\n\n{table(SUMMARY, _rows(unseen))}\n"
+    return text
+
+
+def _variants(found: list[CellFigures]) -> str:
+    """A row a variant of ours, beside ours with its defaults on the same models."""
+    ours = {_model(f): f for f in found if f["cell"]["defense"] == OURS and "after" in f}
+    rows = []
+    for name, cells in _by_defense(filter(_is_variant, found)).items():
+        pairs = [(cell, ours[_model(cell)]) for cell in cells if _model(cell) in ours]
+        took = [pair for pair in pairs if _took(pair[0])]
+        columns = [
+            *(_mean(_loss(pair[i]) for pair in took) for i in (0, 1)),
+            *(_mean(pair[i]["after"]["asr"] for pair in took) for i in (0, 1)),
+            *(_mean(_loss(pair[i]) for pair in pairs if _is_clean(pair[0])) for i in (0, 1)),
+        ]
+        rows.append([name, str(len(took)), *columns])
+    if not rows:
+        return ""
+    head = [
+        name
+        for what in ("ACC lost", "ASR", "ACC lost of clean models")
+        for name in (what, f"by `{OURS}`")
+    ]
+    return (
+        f"Variants, and `{OURS}` with its defaults on the same models:\n\n"
+        + table(["defense", "models", *head], rows)
+        + "\n"
+    )
+
+
+def _model(figures: CellFigures) -> str:
+    return json.dumps(figures["cell"]["setting"])
+
+
+def _is_variant(figures: CellFigures) -> bool:
+    return bool(figures["cell"]["defense"].startswith(f"{OURS}:"))
+
+
+def _is_clean(figures: CellFigures) -> bool:
+    return _attack(figures) == CLEAN
+
+
 def _took(figures: CellFigures) -> bool:
-    return _attack(figures) != CLEAN and not failures(figures["before"])
+    return not _is_clean(figures) and not failures(figures["before"])
 
 
 def _attack(figures: CellFigures) -> str:
@@ -92,12 +183,17 @@ def _by_defense(found: Iterable[CellFigures]) -> dict[str, list[CellFigures]]:
     return grouped
 
 
-def _summary(found: list[CellFigures]) -> str:
-    """A row a defense, over the attacks that took."""
+SUMMARY = (
+    *("defense", "models", "ACC lost", "ASR", "highest ASR", "robust ACC"),
+    *("ACC lost of clean models", "neurons pruned (%)", "seconds"),
+)
+
+
+def _rows(found: Iterable[CellFigures]) -> list[list[str]]:
+    """A row of `SUMMARY` a defense, over the attacks that took."""
     rows = []
     for name, cells in _by_defense(found).items():
         took = [cell for cell in cells if _took(cell)]
-        clean = [_loss(cell) for cell in cells if _attack(cell) == CLEAN]
         asr = [cell["after"]["asr"] for cell in took]
         rows.append(
             [
@@ -107,13 +203,12 @@ def _summary(found: list[CellFigures]) -> str:
                 _mean(asr),
                 f"{max(asr):.1f}" if asr else "–",
                 _mean(cell["after"]["robust"] for cell in took),
-                _mean(clean),
+                _mean(_loss(cell) for cell in cells if _is_clean(cell)),
                 _mean(100 * cell["pruned"] / cell["neurons"] for cell in took),
                 _mean(cell["s"] for cell in cells),
             ]
         )
-    head = ["defense", "models", "ACC lost", "ASR", "highest ASR", "robust ACC"]
-    return table([*head, "ACC lost of clean models", "neurons pruned (%)", "seconds"], rows)
+    return rows
 
 
 def _models(found: list[CellFigures]) -> str:
@@ -121,7 +216,7 @@ def _models(found: list[CellFigures]) -> str:
     rows = {}
     for figures in found:
         setting, before = figures["cell"]["setting"], figures["before"]
-        verdict = "" if _attack(figures) == CLEAN else ", ".join(failures(before)) or "took"
+        verdict = "" if _is_clean(figures) else ", ".join(failures(before)) or "took"
         values = [f"{before[key]:.1f}" if key in before else "–" for key in COLUMNS]
         rows[_order(figures), setting["seed"]] = [
             _attack(figures),

@@ -289,11 +289,10 @@ class Linear(Layer):
     def masked_grads(
         self, grad: Tensor, x: Tensor, y: Tensor, u: Tensor, vectors: Tensors, way: Way
     ) -> tuple[Tensor, Tensor]:
-        parts = [as_image(t.flatten(1), per_sample=False) for t in (grad, x, y, u)]
+        g, rows, y, u = (as_image(t.flatten(1), per_sample=False) for t in (grad, x, y, u))
         if kernel_wins(x.flatten(1), way.weight.flatten(1)):
-            sums, dx = super().masked_grads(*parts, vectors, way)
+            sums, dx = super().masked_grads(g, rows, y, u, vectors, way)
             return sums, dx.movedim(1, -1).reshape(x.shape)
-        grad, x, y, u = parts
         needs = (True, False, True)
-        g, _, sums = torch.ops.mnp_fast.masked_affine_backward(grad, u, y, *vectors, *needs)
-        return sums, self.input_grad(g.movedim(1, -1).reshape(-1, g.shape[1]), x, way.weight)
+        dz, _, sums = torch.ops.mnp_fast.masked_affine_backward(g, u, y, *vectors, *needs)
+        return sums, self.input_grad(dz.movedim(1, -1).reshape(grad.shape), x, way.weight)

@@ -6,6 +6,7 @@ import torch
 from benchmarks import effectiveness, effectiveness_page
 from benchmarks.architectures import build
 from benchmarks.peers.norms import cut, norms
+from benchmarks.population import Setting, subject
 
 from .commands import call
 
@@ -73,21 +74,56 @@ def cell(attack, defense, seed, asr, accuracy=97.0):
     }
 
 
+def store(cells, found):
+    """Each cell in its model's folder."""
+    for index, figures in enumerate(found):
+        setting = figures["cell"]["setting"]
+        folder = cells / f"{setting['attack']}-{setting['seed']}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{index}.json").write_text(json.dumps(figures))
+
+
 def test_page(tmp_path):
     found = [
         cell("badnets", "mnp", 0, 1.0),
         cell("badnets", "mnp", 1, 3.0),
         cell("wanet", "mnp", 0, 50.0),
         cell("none", "mnp", 0, None, accuracy=97.5),
+        cell("badnets", "mnp:alpha=1", 0, 60.0),
+        cell("badnets", "clp", 0, 20.0),
         {**cell("sig", "clp", 0, 0.0), "error": "defense clp failed: so"},
     ]
     found[2]["before"]["asr"] = 80.0  # did not take
-    del found[4]["after"]
-    for index, figures in enumerate(found):
-        (tmp_path / f"cells/{index}").mkdir(parents=True)
-        (tmp_path / f"cells/{index}/cell.json").write_text(json.dumps(figures))
+    del found[-1]["after"]
+    store(tmp_path / "cells", found)
     text = effectiveness_page.write_page(tmp_path / "cells", tmp_path / "page.md")
     assert "| mnp | 2 | 1.0 ± 0.0 | 2.0 ± 1.4 | 3.0 | 90.0 ± 0.0 | 0.5 | 1.0 ± 0.0 |" in text
     assert "| wanet | 0 | 98.0 | 80.0 | 1.0 | 98.5 | 2.0 | ASR below 90 % |" in text
     assert "| badnets | mnp | 97.0 ± 0.0 | 2.0 ± 1.4 |" in text
     assert "sig, seed 0: defense clp failed: so" in text
+    assert "| mnp | 1 | 1.0 | 1.0 |" in text  # beside its peers, on their models
+    assert "| clp | 1 | 1.0 | 20.0 |" in text
+    assert "| mnp:alpha=1 | 1 | 1.0 | 1.0 | 60.0 | 1.0 | – | – |" in text
+
+
+def test_cells_of_different_models_are_refused(tmp_path):
+    found = [cell("badnets", name, 0, 1.0) for name in ("mnp", "clp")]
+    found[1]["before"]["asr"] = 98.0
+    store(tmp_path / "cells", found)
+    with pytest.raises(ValueError, match="are of different models"):
+        effectiveness_page.write_page(tmp_path / "cells", tmp_path / "page.md")
+
+
+def test_stored_cells_of_another_model_stop_the_command(tmp_path):
+    cells = tmp_path / "cells"
+    options = {"arch": "resnet18", "width": 2, "epochs": 1}
+    setting = Setting("none", 0, **options)
+    old = cell("none", "clp", 0, None)
+    folder = cells / setting.key
+    folder.mkdir(parents=True)
+    (folder / "clp-18.json").write_text(json.dumps(old))
+    trained = subject(setting, store=tmp_path / "models")
+    with pytest.raises(ValueError, match="another model of this setting"):
+        effectiveness.check_model(trained, folder)
+    (folder / "clp-18.json").write_text(json.dumps({**old, "before": trained.figures}))
+    effectiveness.check_model(trained, folder)
