@@ -132,8 +132,12 @@ backends.register_compiled("masked_linear", _compiled, _plain)
 def as_image(x: Tensor, per_sample: bool = True) -> Tensor:
     """(N, *, C) as a channels-last image (N, C, positions, 1), without copying.
 
-    If not `per_sample`, the image's samples are parts of all rows.
+    If not `per_sample`, the image's samples are parts of all rows where the sizes are known.
     """
-    rows = x.shape[:-1].numel()
-    samples = (x.shape[0] if x.dim() > 1 else 1) if per_sample else math.gcd(rows, PARTS)
-    return x.reshape(samples, rows // max(samples, 1), 1, x.shape[-1]).movedim(-1, 1)
+    if x.dim() > 1 and (per_sample or torch.compiler.is_compiling()):  # sizes may be symbols there
+        samples, positions = x.shape[0], math.prod(x.shape[1:-1])
+    else:
+        rows = math.prod(x.shape[:-1])
+        samples = math.gcd(rows, PARTS)
+        positions = rows // max(samples, 1)
+    return x.reshape(samples, positions, 1, x.shape[-1]).movedim(-1, 1)
