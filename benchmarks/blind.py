@@ -1,4 +1,4 @@
-"""Runs a defense where it cannot see the attack: in a process that gets a model and clean images.
+"""Runs defenses where they cannot see the attack: in a process that gets a model and clean images.
 
 The process is given the weights, the clean images, their labels and a seed, in a folder that holds
 nothing else. Poisoned images exist only in the process that started it. In the defense's process,
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,25 +39,30 @@ SECRETS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """A defended model in eval mode, and the processor time that the defense took."""
+    """A defended model in eval mode, and the processor time that the defense took.
 
-    model: nn.Module
+    What an earlier defense of the same process has computed already (`benchmarks.defenses`) takes
+    none. If the defense failed, there is no model, and `error` says why.
+    """
+
+    model: nn.Module | None
     seconds: float
+    error: str = ""
 
 
 def run_blind(
-    name: str,
+    names: Sequence[str],
     model: nn.Module,
     arch: tuple[str, int],
     clean: tuple[Tensor, Tensor],
     seed: int,
     hidden: Iterable[Path],
-) -> Outcome:
-    """Let a defense work on a model in a process of its own.
+) -> list[Outcome]:
+    """Let defenses work on a model, one after the other, in a process of their own.
 
     Parameters
     ----------
-    name
+    names
         As in `benchmarks.defenses.defense`.
     model
         The network.
@@ -66,14 +71,14 @@ def run_blind(
     clean
         Images and labels.
     seed
-        Of the defense.
+        Of the defenses.
     hidden
-        Files and folders that it must not open, besides the attacks' sources.
+        Files and folders that they must not open, besides the attacks' sources.
 
     Raises
     ------
     RuntimeError
-        The defense failed, or was caught; the message has its last line of output.
+        The process failed; the message has its last line of output.
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -81,7 +86,7 @@ def run_blind(
         images, labels = clean
         save_weights({"images": images, "labels": labels}, folder / "clean.safetensors")
         request = {
-            "defense": name,
+            "defenses": list(names),
             "arch": arch,
             "seed": seed,
             "threads": torch.get_num_threads(),
@@ -96,11 +101,16 @@ def run_blind(
         )
         if done.returncode:
             lines = done.stderr.strip().splitlines()
-            raise RuntimeError(f"defense {name} failed: {lines[-1] if lines else done.returncode}")
-        purified = build(*arch, 0)
-        purified.load_state_dict(load_weights(folder / "purified.safetensors"))
-        seconds = json.loads((folder / "outcome.json").read_text())["seconds"]
-    return Outcome(purified.eval(), seconds)
+            raise RuntimeError(f"defenses failed: {lines[-1] if lines else done.returncode}")
+        outcomes = []
+        for i, told in enumerate(json.loads((folder / "outcomes.json").read_text())):
+            purified = None
+            if not told["error"]:
+                purified = build(*arch, 0)
+                purified.load_state_dict(load_weights(folder / f"purified-{i}.safetensors"))
+                purified.eval()
+            outcomes.append(Outcome(purified, **told))
+    return outcomes
 
 
 def hide(paths: Iterable[str | Path]) -> None:
@@ -123,20 +133,25 @@ def hide(paths: Iterable[str | Path]) -> None:
 
 
 def main(folder: Path) -> None:
-    """The process: from the folder's request to its outcome."""
+    """The process: from the folder's request to its outcomes."""
     request = json.loads((folder / "request.json").read_text())
     hide([*SECRETS, *request["hidden"]])
     torch.set_num_threads(request["threads"])
     arch, width = request["arch"]
     model = build(arch, width, 0)
     model.load_state_dict(load_weights(folder / "model.safetensors"))
+    model.eval()
     clean = load_weights(folder / "clean.safetensors")
-    defend = defense(request["defense"])
-    start = time.process_time()
-    purified = defend(model.eval(), clean["images"], clean["labels"], request["seed"])
-    seconds = time.process_time() - start
-    save_weights(purified.state_dict(), folder / "purified.safetensors")
-    (folder / "outcome.json").write_text(json.dumps({"seconds": seconds}))
+    outcomes = []
+    for i, name in enumerate(request["defenses"]):
+        start, error = time.process_time(), ""
+        try:
+            purified = defense(name)(model, clean["images"], clean["labels"], request["seed"])
+            save_weights(purified.state_dict(), folder / f"purified-{i}.safetensors")
+        except Exception as failure:
+            error = f"{type(failure).__name__}: {failure}"
+        outcomes.append({"seconds": time.process_time() - start, "error": error})
+    (folder / "outcomes.json").write_text(json.dumps(outcomes))
 
 
 if __name__ == "__main__":

@@ -5,15 +5,15 @@ python -m benchmarks.effectiveness --seeds 0,1,2         # all attacks, ours and
 python -m benchmarks.effectiveness --defenses "mnp;ablation;sensitivity" --clean 18
 python -m benchmarks.effectiveness --page                # from the stored figures alone
 
-A cell is one model under one defense with so many clean images. Its figures are stored at once;
-interrupted, or stopped by `--minutes`, the same command goes on with the next cell.
+A cell is one model under one defense with so many clean images. Cells of a model are run together,
+ours apart, and stored at once; interrupted, or stopped by `--minutes`, the same command goes on.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -52,26 +52,33 @@ class Cell:
         return cells / self.setting.key / f"{name}-{self.clean}.json"
 
 
-def run_cell(cell: Cell, trained: Subject, store: Path, cells: Path) -> dict[str, Any]:
-    """A cell's figures: accuracy, asr and robust accuracy before and after, in percent."""
-    setting, (images, labels) = cell.setting, trained.data.clean
-    if not 2 <= cell.clean <= len(labels):
-        raise ValueError(f"clean must be between 2 and {len(labels)}, not {cell.clean}")
-    figures: dict[str, Any] = {"cell": asdict(cell), "before": trained.figures}
-    try:
-        outcome = run_blind(
-            cell.defense,
-            trained.model,
-            (setting.arch, setting.width),
-            (images[: cell.clean], labels[: cell.clean]),
-            setting.seed,
-            hidden=[store, cells],
-        )
-    except RuntimeError as error:
-        return {**figures, "error": str(error)}
-    after = measure(outcome.model, setting, trained.trigger, trained.data)
-    cut, neurons = pruned(trained.model, outcome.model)
-    return {**figures, "after": after, "pruned": cut, "neurons": neurons, "s": outcome.seconds}
+def run_cells(
+    cells: Sequence[Cell], trained: Subject, store: Path, folder: Path
+) -> Iterator[dict[str, Any]]:
+    """Figures of one model's cells with as many clean images, run in one process.
+
+    Accuracy, asr and robust accuracy before and after, in percent; or an error.
+    """
+    setting, (images, labels) = trained.setting, trained.data.clean
+    count = cells[0].clean
+    if not 2 <= count <= len(labels):
+        raise ValueError(f"clean must be between 2 and {len(labels)}, not {count}")
+    outcomes = run_blind(
+        [cell.defense for cell in cells],
+        trained.model,
+        (setting.arch, setting.width),
+        (images[:count], labels[:count]),
+        setting.seed,
+        hidden=[store, folder],
+    )
+    for cell, outcome in zip(cells, outcomes, strict=True):
+        figures: dict[str, Any] = {"cell": asdict(cell), "before": trained.figures}
+        if outcome.model is None:
+            yield {**figures, "error": outcome.error}
+            continue
+        after = measure(outcome.model, setting, trained.trigger, trained.data)
+        cut, neurons = pruned(trained.model, outcome.model)
+        yield {**figures, "after": after, "pruned": cut, "neurons": neurons, "s": outcome.seconds}
 
 
 def check_model(trained: Subject, folder: Path) -> None:
@@ -110,11 +117,13 @@ def wanted(
     defenses: list[str],
     clean: list[int],
     options: dict[str, Any],
-) -> Iterator[Cell]:
-    """All cells, those of a model together; clean models too, which a defense should leave."""
+) -> Iterator[list[Cell]]:
+    """All cells in groups that run together; clean models too, which a defense should leave."""
+    ours = [[name] for name in defenses if name.partition(":")[0] == OURS]
+    others = [name for name in defenses if [name] not in ours]
     for setting in settings(attacks, seeds, options):
-        for name, count in product(defenses, clean):
-            yield Cell(setting, name, count)
+        for count, group in product(clean, [*ours, others]):
+            yield [Cell(setting, name, count) for name in group]
 
 
 def main(
@@ -151,23 +160,24 @@ def main(
         defense(name)  # a wrong name is found before any work
     numbers = [list(map(int, text.split(","))) for text in (seeds, clean)]
     trained: Subject | None = None
-    for cell in wanted(attacks.split(","), numbers[0], chosen, numbers[1], options):
-        file = cell.file(cells)
-        if page or file.exists():
+    for group in wanted(attacks.split(","), numbers[0], chosen, numbers[1], options):
+        missing = [cell for cell in group if not cell.file(cells).exists()]
+        if page or not missing:
             continue
         if time.monotonic() - start > 60 * minutes:
-            left += 1
+            left += len(missing)
             continue
-        if trained is None or trained.setting != cell.setting:
-            trained = subject(cell.setting, data, store)
-            check_model(trained, file.parent)
-        console.print(f"{cell.setting.key}  {cell.defense}  {cell.clean} clean", end="")
-        figures = run_cell(cell, trained, store, cells)
-        after = [f"{key} {value:.1f}" for key, value in figures.get("after", {}).items()]
-        console.print("  ", ", ".join(after) or figures["error"])
-        ensure_writable(file.parent)
-        with atomic_path(file) as path:
-            path.write_text(json.dumps(figures, indent=1) + "\n")
+        if trained is None or trained.setting != missing[0].setting:
+            trained = subject(missing[0].setting, data, store)
+            check_model(trained, missing[0].file(cells).parent)
+        for cell, figures in zip(missing, run_cells(missing, trained, store, cells), strict=True):
+            after = [f"{key} {value:.1f}" for key, value in figures.get("after", {}).items()]
+            told = ", ".join(after) or figures["error"]
+            console.print(f"{cell.setting.key}  {cell.defense}  {cell.clean} clean  ", told)
+            file = cell.file(cells)
+            ensure_writable(file.parent)
+            with atomic_path(file) as path:
+                path.write_text(json.dumps(figures, indent=1) + "\n")
     if left:
         console.print(f"{left} cells are left: repeat the command to go on")
     typer.echo(write_page(cells, out))

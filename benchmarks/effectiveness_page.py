@@ -27,8 +27,9 @@ HEAD = f"""# What defenses leave of attacks
 Printed by `python -m benchmarks.effectiveness --page` from the figures that the command without
 `--page` stores. All in percent of held-back images: accuracy (ACC), attack success rate (ASR:
 images of other classes that the trigger sends to the attacker's class), robust accuracy (triggered
-images given their own class). Seconds are of processor time. Means over models, and the standard
-deviation where there are several.
+images given their own class). Seconds are of processor time; what a defense shares with the one
+before it on the same model, scores or the rule's search, is counted once. Means over models, and
+the standard deviation where there are several.
 
 - An attack *took* if its ASR is at least {TOOK:g} % and its accuracy within {COST:g} points of the
   clean model's. Each section's first table is over models on which it took, as many as it says;

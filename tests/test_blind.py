@@ -1,5 +1,6 @@
 """Defenses see a model and clean images, nothing else."""
 
+import copy
 import inspect
 import json
 import subprocess
@@ -12,6 +13,7 @@ import torch
 from benchmarks import blind
 from benchmarks.architectures import build
 from benchmarks.defenses import GROUPS, OURS, defense
+from benchmarks.peers import rule
 
 ROOT = Path(__file__).parent.parent
 ALL = sorted({OURS, *(name for group in GROUPS.values() for name in group)})
@@ -79,8 +81,8 @@ class Recorded:
             folder = Path(command[-1])
             self.request = json.loads((folder / "request.json").read_text())
             self.files = {path.name: path.read_bytes() for path in folder.iterdir()}
-            (folder / "purified.safetensors").write_bytes(self.files["model.safetensors"])
-            (folder / "outcome.json").write_text('{"seconds": 1.5}')
+            (folder / "purified-0.safetensors").write_bytes(self.files["model.safetensors"])
+            (folder / "outcomes.json").write_text('[{"seconds": 1.5, "error": ""}]')
             return subprocess.CompletedProcess(command, 0)
 
         monkeypatch.setattr(blind.subprocess, "run", run)
@@ -90,9 +92,9 @@ def test_the_process_of_a_defense_is_given_nothing_else(monkeypatch, tmp_path):
     recorded = Recorded(monkeypatch)
     model = build("resnet18", 4, 3)
     clean = torch.rand(6, 3, 16, 16), torch.arange(6)
-    outcome = blind.run_blind("clp", model, ("resnet18", 4), clean, 7, [tmp_path])
+    (outcome,) = blind.run_blind(["clp"], model, ("resnet18", 4), clean, 7, [tmp_path])
     assert set(recorded.files) == {"model.safetensors", "clean.safetensors", "request.json"}
-    assert set(recorded.request) == {"defense", "arch", "seed", "threads", "hidden"}
+    assert set(recorded.request) == {"defenses", "arch", "seed", "threads", "hidden"}
     assert recorded.request["hidden"] == [str(tmp_path)]
     assert outcome.seconds == 1.5
     assert torch.equal(outcome.model.fc.weight, model.fc.weight)
@@ -102,5 +104,31 @@ def test_the_process_of_a_defense_is_given_nothing_else(monkeypatch, tmp_path):
 def test_a_defense_that_fails_is_reported(tmp_path):
     model = build("resnet18", 4, 0)
     clean = torch.zeros(2, 3, 16, 16), torch.tensor([-1, 3])
-    with pytest.raises(RuntimeError, match="defense mnp failed: .*labels must not be negative"):
-        blind.run_blind("mnp", model, ("resnet18", 4), clean, 0, [tmp_path])
+    outcome, other = blind.run_blind(["mnp", "clp"], model, ("resnet18", 4), clean, 0, [tmp_path])
+    assert outcome.model is None
+    assert outcome.error == "ValueError: labels must not be negative, but one is -1"
+    assert isinstance(other.model, torch.nn.Module)  # which looks at no label
+    assert not other.error
+
+
+def test_a_process_that_fails_is_reported(monkeypatch, tmp_path):
+    gone = subprocess.CompletedProcess([], 1, stderr="Traceback\nMemoryError: no")
+    monkeypatch.setattr(blind.subprocess, "run", lambda *_, **__: gone)
+    clean = torch.zeros(2, 3, 16, 16), torch.tensor([0, 3])
+    with pytest.raises(RuntimeError, match="defenses failed: MemoryError: no"):
+        blind.run_blind(["clp"], build("resnet18", 4, 0), ("resnet18", 4), clean, 0, [tmp_path])
+
+
+@pytest.mark.parametrize("name", ["rnp+rule", "clp+rule"])
+def test_the_search_that_rules_share_changes_no_result(name):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(12, 3, 16, 16, generator=generator)
+    labels = torch.arange(12) % 10
+    model = build("resnet18", 4, 0).eval()
+    first = defense(name)(model, images, labels, 0)
+    calls = rule._searched.cache_info().hits
+    again = defense(name)(model, images, labels, 0)
+    assert rule._searched.cache_info().hits == calls + 1
+    apart = defense(name)(copy.deepcopy(model), images.clone(), labels, 0)
+    for other in (again, apart):
+        assert all(map(torch.equal, first.state_dict().values(), other.state_dict().values()))

@@ -8,6 +8,7 @@ projected ascent within epsilon. Batch norm is in train mode, as in the public c
 from __future__ import annotations
 
 import copy
+from functools import cache
 from itertools import chain, islice
 
 import torch
@@ -22,6 +23,7 @@ THRESHOLD = 0.2
 BIAS = False  # whether the bias of a pruned channel goes with its weight
 
 
+@cache
 def scores(model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> Scores:
     """The fitted masks."""
     model = copy.deepcopy(model).train().requires_grad_(False)

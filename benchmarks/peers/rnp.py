@@ -11,6 +11,7 @@ short.
 from __future__ import annotations
 
 import copy
+from functools import cache
 from itertools import islice
 
 import torch
@@ -27,6 +28,7 @@ THRESHOLD = 0.3
 BIAS = False
 
 
+@cache
 def scores(model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> Scores:
     """The masks that recover the unlearned network."""
     model = _unlearned(model, images, labels, seed).requires_grad_(False)
