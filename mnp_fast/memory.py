@@ -15,7 +15,7 @@ def set_memory_budget(size: int) -> None:
 
     Kernels need memory for packed weights, transformed images and gradients. It is kept for later
     calls, because fresh memory costs a page fault every 4 KiB; beyond the limit it is freed when
-    its call ends. It is one limit for the whole process, 256 MiB at first.
+    its call ends. It is one limit for the whole process, 512 MiB at first.
 
     Parameters
     ----------

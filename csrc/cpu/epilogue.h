@@ -46,6 +46,12 @@ struct OutputLane {
     shift = load_some<T>(e->shift + first, count);
     bias = load_some<T>(e->bias + first, count);
   }
+  // What a later write at `element` will read, and where it will write.
+  void prefetch(const T* output, int64_t element) const {
+    if (e->residual) __builtin_prefetch(e->residual + element);
+    if (e->u) __builtin_prefetch(e->u + element, 1);
+    __builtin_prefetch(output + element, 1);
+  }
   // Writes at `element` of the image.
   void write(T* output, int64_t element, Vec<T> u) const {
     if (e->u) store_some<T>(e->u + element, u, count);

@@ -69,6 +69,18 @@ void epilogue_grad_planes(const EpilogueGrad<T>& a, int64_t n, int64_t k) {
 // A strip of up to kStrip neurons of one sample, channels last.
 constexpr int64_t kStrip = 64;
 
+constexpr int64_t kAhead = 8;  // pixels
+
+// Asks for what a later pixel reads and writes: its strip may lie pages away from this one.
+template <class T>
+inline void prefetch_strip(const EpilogueGrad<T>& a, int64_t at, int64_t at_g) {
+  __builtin_prefetch(a.grad + at);
+  if (a.u) __builtin_prefetch(a.u + at);
+  if (a.y) __builtin_prefetch(a.y + at);
+  if (a.dz) __builtin_prefetch(a.dz + at, 1);
+  if (a.g) __builtin_prefetch(a.g + at_g, 1);
+}
+
 template <class T>
 void epilogue_grad_strip(const EpilogueGrad<T>& a, int64_t n, int64_t first, int64_t count) {
   constexpr int64_t L = VecOf<T>::lanes;
@@ -88,6 +100,8 @@ void epilogue_grad_strip(const EpilogueGrad<T>& a, int64_t n, int64_t first, int
       for (int64_t v = 0; v < vectors; ++v) {
         const int64_t left = count - v * L;
         const int64_t pixel = n * layout.inner + i, at = pixel * layout.neurons + first + v * L;
+        prefetch_strip(a, at + kAhead * layout.neurons,
+                       (pixel + kAhead) * a.g_stride + first + v * L);
         // All loads first: one behind a store to the same place of another page would wait for it.
         Vec<T> dz = load_some<T>(a.grad + at, left);
         const Vec<T> u = a.u ? load_some<T>(a.u + at, left) : Vec<T>{};

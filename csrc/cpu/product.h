@@ -44,6 +44,8 @@ template <class T, bool Transposed, int R, int V>
   // Three rows a pointer: x86 addresses at base, base + stride and base + 2 * stride.
   const T* base[(R + 2) / 3];
   for (int i = 0; i < R; i += 3) base[i / 3] = rows.data + (Transposed ? i : i * rows.stride);
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const T* ahead = rows.data + 2 * kLine;
 #pragma GCC unroll 4
   for (int64_t d = 0; d < depth; ++d) {
     Vec<T> b[V];
@@ -52,6 +54,12 @@ template <class T, bool Transposed, int R, int V>
     for (int v = 0; v < V * L * int(sizeof(T)); v += 64)
       __builtin_prefetch(reinterpret_cast<const char*>(panel + depth * V * L) + v, 0, 2);
     panel += V * L;
+    if constexpr (!Transposed) {
+      // A line of each row in turn, two lines ahead.
+      __builtin_prefetch(ahead);
+      ahead += rows.stride;
+      if (d % kLine == kLine - 1) ahead += kLine - kLine * rows.stride;
+    }
     for (int i = 0; i < R; ++i) {
       const T x = base[i / 3][Transposed ? i % 3 : i % 3 * rows.stride];
       for (int v = 0; v < V; ++v) acc[i][v] += b[v] * x;

@@ -207,6 +207,10 @@ void winograd_output(const Winograd<T>& a, int64_t begin, int64_t end, const T* 
   for (int64_t tile = begin; tile < end; ++tile) {
     const TileAt<F> at(a, tile);
     const int64_t rows = min(F::kOut, a.out_h - at.h), cols = min(F::kOut, a.out_w - at.w);
+    const TileAt<F> next(a, min(tile + 1, end - 1));
+    // From the tile's pixels to those of the next one.
+    const int64_t ahead =
+        (((next.n - at.n) * a.out_h + next.h - at.h) * a.out_w + next.w - at.w) * a.width;
     for (int64_t k = first * kWide; k < min(a.width, last * kWide); k += L) {
       const T* from = products + (tile - begin) * width + k - first * kWide;
       Vec<T> m[F::kPoints], half[F::kOut * F::kPoints], whole[F::kOut];
@@ -219,6 +223,8 @@ void winograd_output(const Winograd<T>& a, int64_t begin, int64_t end, const T* 
       for (int64_t i = 0; i < rows; ++i) {
         F::output(half + i * F::kPoints, whole, 1);
         const int64_t element = ((at.n * a.out_h + at.h + i) * a.out_w + at.w) * a.width + k;
+        for (int64_t j = 0; j < cols && ahead; ++j)
+          lane.prefetch(a.output, element + j * a.width + ahead);
         for (int64_t j = 0; j < cols; ++j) lane.write(a.output, element + j * a.width, whole[j]);
       }
     }

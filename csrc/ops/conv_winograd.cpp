@@ -49,12 +49,14 @@ void run_winograd(cpu::Winograd<T>& a, const Conv& conv, Algorithm algorithm, co
                       {static_cast<int64_t>(algorithm), conv.stride[0], transposed, a.depth,
                        a.width, weights.stride_j, weights.stride_q, weights.stride_d},
                       groups * group_size, pack_all);
-  const int64_t block = std::min(tiles, kernels.block(a.depth, cpu::caches().l2));
-  const int64_t blocks = (tiles + block - 1) / block;
   const int64_t tile_cost = 16 * a.depth * a.width;
-  const int64_t products = kernels.product_size(block);
   if (tiles <= a.width) {
     // Fewer inputs than weights: those are kept, and each group's weights are packed where used.
+    // Products of a part take at most half of the second cache.
+    const int64_t tile_bytes = kernels.product_size(1) * static_cast<int64_t>(sizeof(T));
+    const int64_t most = std::max<int64_t>(1, cpu::caches().l2 / 2 / tile_bytes);
+    const int64_t parts = (tiles + most - 1) / most;
+    const int64_t products = kernels.product_size((tiles + parts - 1) / parts);
     const auto inputs = buffer<T>(kernels.input_size(a.depth, tiles));
     torch::stable::parallel_for(0, tiles, grain(16 * a.depth), [&](int64_t begin, int64_t end) {
       kernels.input(a, begin, end, inputs.get(), begin, tiles);
@@ -65,19 +67,22 @@ void run_winograd(cpu::Winograd<T>& a, const Conv& conv, Algorithm algorithm, co
           for (int64_t g = begin; g < end; ++g) {
             const T* packed = kept ? kept.get() + g * group_size : own.get();
             if (!kept) pack(g, own.get());
-            for (int64_t t = 0; t < tiles; t += block)
-              kernels.output(a, t, std::min(tiles, t + block), inputs.get(), t, tiles, g, packed,
-                             scratch.get());
+            for (int64_t part = 0; part < parts; ++part) {
+              const int64_t first = part * tiles / parts, last = (part + 1) * tiles / parts;
+              kernels.output(a, first, last, inputs.get(), first, tiles, g, packed, scratch.get());
+            }
           }
         });
     return;
   }
+  const int64_t block = std::min(tiles, kernels.block(a.depth, cpu::caches().l2));
+  const int64_t blocks = (tiles + block - 1) / block;
   const auto own = buffer<T>(kept ? 0 : groups * group_size);
   if (!kept) pack_all(own.get());
   const T* packed = kept ? kept.get() : own.get();
   torch::stable::parallel_for(0, blocks, grain(tile_cost * block), [&](int64_t begin, int64_t end) {
     const auto inputs = buffer<T>(kernels.input_size(a.depth, block));
-    const auto scratch = buffer<T>(products);
+    const auto scratch = buffer<T>(kernels.product_size(block));
     for (int64_t b = begin; b < end; ++b) {
       const int64_t first = b * block, last = std::min(tiles, first + block);
       kernels.input(a, first, last, inputs.get(), 0, block);

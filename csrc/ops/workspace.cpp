@@ -20,7 +20,7 @@ constexpr std::size_t kSmall =
 constexpr std::size_t kSmall = 65536;
 #endif
 
-std::atomic<int64_t> budget{int64_t{256} << 20};
+std::atomic<int64_t> budget{int64_t{512} << 20};
 
 // Blocks that nobody uses.
 struct Pool {
