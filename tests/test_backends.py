@@ -65,6 +65,15 @@ def test_triton_takes_over_where_cuda_kernels_are_missing(monkeypatch):
         )
 
 
+def test_spectral_norms_of_cuda_tensors_are_by_linalg():
+    with FakeTensorMode():
+        weights = [torch.empty(4, 3, 3, 3, device="cuda")]
+        assert backends.choose("neuron_magnitude", weights, "spectral").name == "linalg"
+        why = backends.reasons("neuron_magnitude", weights, "spectral")["cuda"]
+        assert why == (_extension.cuda_missing or "norm 'spectral' has no CUDA kernel")
+    assert backends.choose("neuron_magnitude", [torch.empty(2, 2)], "spectral").name == "cpu"
+
+
 def test_the_compiled_kernels_are_the_default():
     x = torch.randn(2, 3)
     assert backends.choose("masked_affine", x).name == "cpu"
