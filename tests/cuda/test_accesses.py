@@ -1,4 +1,4 @@
-"""The kernels move what docs/gpu.md says they move, by accesses of 16 bytes: counted as they run."""
+"""The kernels move what docs/gpu.md says, by accesses of 16 bytes: counted as they run."""
 
 import pytest
 import torch

@@ -51,5 +51,16 @@ def test_threads_take_several_turns(program, channels_last):
     assert torch.equal(result, y.tensor.relu())
 
 
+def test_what_cannot_be_launched_is_an_error(program):
+    absent = [Buffer(None)] * 9
+    single = ELEMENTS[torch.float32]
+    for call, why in (
+        (Call("epilogue_grad", [2**32, 2, 1, 0, single, 0, 0, 0], absent), "too many neurons"),
+        (Call("magnitude", [single, 0, 2**35, 1, 1], absent[:2]), "too many elements"),
+    ):
+        with pytest.raises(AssertionError, match=f"the tensor has {why}"):
+            execute(program, [call], reverse=False)
+
+
 def test_division_of_64_bits(objects):
     shim.run([shim.link([shim.SHIM / "fibers.cpp", shim.SHIM / "divide.cpp"], objects)])
