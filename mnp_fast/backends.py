@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ._extension import cuda_missing
@@ -109,6 +110,27 @@ def choose(operator: str, *arguments: Any) -> Candidate:
         f"{operator}: no backend for tensors on {device}:{listed}\n"
         f"  torch: only if asked for, with mnp_fast.backends.use({operator}='torch')"
     )
+
+
+def check_device(device: torch.device) -> None:
+    """Fail now, and not at a later operator, where a CUDA device's kernels are missing.
+
+    Raises
+    ------
+    RuntimeError
+        Some operator has none there, and `use` names no other candidate; the message says why.
+    """
+    lacking = {}
+    for operator, candidates in _candidates.items():
+        missing = {c.name: c.missing for c in candidates if c.name in ("cuda", "triton")}
+        if operator not in _chosen and all(missing.values()):
+            lacking[operator] = missing["cuda"]
+    if device.type == "cuda" and lacking:
+        chosen = ", ".join(f"{operator}='torch'" for operator in lacking)
+        raise RuntimeError(
+            f"no kernels for tensors on {device}: {next(iter(lacking.values()))}. Move model and "
+            f"data to the CPU, or ask for plain PyTorch: with mnp_fast.backends.use({chosen})"
+        )
 
 
 @contextmanager
