@@ -64,9 +64,10 @@ printf '# mnp_fast on a CUDA device\n\n%s, %s.\n' "$(date -u +%F)" "$(git rev-pa
 part "Device" 15 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv
 part "Build" 120 bash -c build || end  # nothing else can run
 part "What is used" 20 $venv/bin/mnp-fast info
-part "Tests" 110 $venv/bin/python -m pytest -m gpu -q --durations=10 tests/gpu tests/triton \
-  --deselect tests/gpu/test_sanitizer.py
-part "Memory checks" 65 $venv/bin/python -m pytest -m gpu -q --durations=4 tests/gpu/test_sanitizer.py
-part "Benchmarks" 140 $venv/bin/python -m benchmarks.run --device cuda --seconds 100 \
+test=($venv/bin/python -m pytest -m gpu -q --durations=5)
+part "Tests" 50 "${test[@]}" tests/gpu --deselect tests/gpu/test_sanitizer.py
+part "Tests of Triton" 95 "${test[@]}" tests/triton
+part "Memory checks" 60 "${test[@]}" tests/gpu/test_sanitizer.py
+part "Benchmarks" 115 $venv/bin/python -m benchmarks.run --device cuda --seconds 80 \
   --json "${report%.md}.json"
 end
