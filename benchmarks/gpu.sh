@@ -49,8 +49,11 @@ end() {
   exit $failed
 }
 
+# In an environment of its own, which takes torch from where `python` has it: the system, or another one.
 build() {
+  local packages='import sysconfig; print(sysconfig.get_path("purelib"))'
   "$python" -m venv --system-site-packages $venv &&
+    "$python" -c "$packages" >"$($venv/bin/python -c "$packages")/base.pth" &&
     $venv/bin/pip install --quiet "scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.24" ninja \
       "pytest>=8" &&
     $venv/bin/pip install --quiet --no-build-isolation -Cbuild-dir=build/gpu-objects \
