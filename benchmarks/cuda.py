@@ -49,10 +49,10 @@ def cases(quick: bool, device: str) -> Iterator[Case]:
 
 def device_line() -> str:
     """The device and what its figures depend on."""
-    tf32 = "on" if torch.backends.cudnn.allow_tf32 else "off"
+    precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
     return (
         f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, "
-        f"cuDNN {torch.backends.cudnn.version()}; TF32 in float32 convolutions: {tf32}"
+        f"cuDNN {torch.backends.cudnn.version()}; float32 convolutions in {precision}"
     )
 
 

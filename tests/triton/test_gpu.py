@@ -21,9 +21,14 @@ LAYER = Conv(8, 64, 28, 28, 128)
 
 
 @pytest.fixture(autouse=True)
-def _float32_stays_float32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+def _float32_stays_float32():
+    settings = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
+    yield
+    for setting, precision in zip(settings, before, strict=True):
+        setting.fp32_precision = precision
 
 
 def inputs_of(case, dtype, layout=torch.channels_last, per_sample=True):
@@ -57,8 +62,8 @@ def test_every_configuration(monkeypatch, dtype, layout, index):
     compare(inputs_of(LAYER, dtype, layout), relu(LAYER))
 
 
-def test_tf32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32")
+def test_tf32():
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
     compare(inputs_of(LAYER, torch.float32), relu(LAYER), tolerance=2e-3)
 
 
