@@ -1,8 +1,9 @@
 """Compiles every kernel in every configuration for every target; needs no GPU.
 
 python -m tests.triton.resources            prints registers, memory and accesses of each
-python -m tests.triton.resources --update   also writes resources.json, which the test compares with:
-                                            one table a release of Triton, as each has its own ptxas
+python -m tests.triton.resources --update   also writes resources.json, which the test compares with
+
+There is a table for each release of Triton, as each has its own ptxas.
 """
 
 from __future__ import annotations
