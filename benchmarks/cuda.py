@@ -1,7 +1,7 @@
 """The operators on a CUDA device, beside eager torch and torch.compile.
 
 Work is captured in CUDA graphs of `CALLS` calls, for all competitors alike, so that times are those
-of the device. TF32 is on for float32 convolutions, as torch has it by default.
+of the device. Torch's setting of TF32 is left as it is, and said.
 """
 
 from __future__ import annotations
@@ -13,30 +13,47 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mnp_fast import reference
+from mnp_fast import backends, reference
 from mnp_fast.ops import mask_update_, masked_conv2d, neuron_magnitude
+from mnp_fast.triton import why_not_conv2d
 
+from . import step
 from .compiled import add_compiled, compiled
+from .networks import channels_last, folded, freeze, network
 from .roofline import epilogue_bytes, gradient_bytes
 from .timing import OURS, Case, Function, Tensors
 
 CALLS = 10
-SHAPES = [(128, 64, 32), (128, 512, 4), (64, 64, 56)]  # few, as each is compiled six times
+# Beyond the second cache, inside it, and late layers; few, as each is compiled twelve times.
+SHAPES = [(128, 64, 56), (128, 64, 32), (128, 512, 4)]
+TRITON = f"{OURS}, Triton"
+STEP_LIMIT = 5e-2  # TF32 flips more ReLUs near 0 than float32 does
 DTYPES = {torch.float32: 1e-5, torch.float16: 2e-3}
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 
 
 def cases(quick: bool, device: str) -> Iterator[Case]:
-    """Epilogues alone, whole layers, and what is done to all layers at once."""
-    for n, k, side in [(2, 5, 4)] if quick else SHAPES:
+    """What is done to all layers at once, epilogues alone, whole layers, and a mask step."""
+    yield magnitudes(device, quick)
+    yield updates(device, quick)
+    for index, (n, k, side) in enumerate([(2, 5, 4)] if quick else SHAPES):
         for dtype, limit in list(DTYPES.items())[: 1 if quick else 2]:
             for layout in LAYOUTS:
                 images = Images(n, k, side, dtype, layout, device)
-                yield images.forward(limit, quick)
                 yield images.backward(limit, quick)
+                yield images.forward(limit, quick)
                 yield images.layer(limit, quick)
-    yield magnitudes(device, quick)
-    yield updates(device, quick)
+        if index == 0:
+            yield mask_step(device, quick)
+
+
+def device_line() -> str:
+    """The device and what its figures depend on."""
+    precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return (
+        f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, "
+        f"cuDNN {torch.backends.cudnn.version()}; float32 convolutions in {precision}"
+    )
 
 
 def repeated(function: Function, device: str) -> Function:
@@ -162,10 +179,19 @@ class Images:
             y = masked_conv2d(self.u, self.weight, *vectors, padding=1, activation="relu")
             return (y,)
 
+        def by_triton() -> Tensors:
+            with backends.use(masked_conv2d="triton"):
+                return ours()
+
         arguments = (self.u, self.weight, gain, offset, self.residual)
         limit = max(5 * limit, 2e-3)  # TF32
         with torch.no_grad():
-            return self.case("3x3 layer", plain, arguments, ours, limit, quick)
+            case = self.case("3x3 layer", plain, arguments, ours, limit, quick)
+            if (why := why_not_conv2d(self.u, self.weight)) is None:
+                case.functions[TRITON] = repeated(by_triton, self.device)
+            else:
+                case.excluded[TRITON] = why
+        return case
 
 
 def layer_shapes(quick: bool) -> list[tuple[int, ...]]:
@@ -212,3 +238,29 @@ def updates(device: str, quick: bool) -> Case:
     }
     exact = run(reference.mask_update_, [[t.double() for t in ts] for ts in given])
     return Case(f"mask update of {len(sizes)} layers, {CALLS} calls", functions, exact)
+
+
+def mask_step(device: str, quick: bool) -> Case:
+    """Forward, gradients of all masks and their update, of a ResNet-18 for small images."""
+    width, size, batch = (4, 8, 4) if quick else (64, 32, 128)
+    model = network(width).to(device)
+    x, labels = (t.to(device) for t in step.batch_of(size, batch))
+    functions: dict[str, Function] = {
+        f"torch eager, {layout}, folded": step.folded_step(model, x, labels, last=last)
+        for layout, last in (("NCHW", False), ("NHWC", True))
+    }
+    functions[OURS] = step.our_step(model, x, labels)
+    case = Case(
+        f"mask step, ResNet-18 width {width}, {size}x{size}, batch {batch}, {CALLS} calls",
+        {name: repeated(function, device) for name, function in functions.items()},
+        step.exact_mask_gradients(model, x, labels),
+        STEP_LIMIT,
+    )
+
+    def compiled_step() -> Function:
+        best = channels_last(freeze(folded(model)))
+        images = x.contiguous(memory_format=torch.channels_last)
+        return repeated(step.plain_step(best, compiled(best), images, labels), device)
+
+    add_compiled(case, "torch.compile, NHWC, folded", compiled_step, quick)
+    return case

@@ -6,8 +6,29 @@ cd "$(dirname "$0")/.."
 report=$(realpath -m "${1:-out/gpu.md}")
 python=${PYTHON:-python3}
 venv=build/gpu
-mkdir -p "$(dirname "$report")"
 failed=0
+
+# What is missing on this machine, if anything.
+missing() {
+  "$python" - <<'CHECK' || return
+try:
+    import torch
+except ImportError as error:
+    print(f"python cannot import torch: {error}")
+else:
+    if torch.version.cuda is None:
+        print(f"torch {torch.__version__} has no CUDA")
+    elif not torch.cuda.is_available():
+        print(f"torch {torch.__version__} finds no CUDA device")
+CHECK
+  PATH="${CUDA_HOME:-/usr/local/cuda}/bin:$PATH" command -v nvcc >/dev/null || echo "there is no nvcc"
+}
+
+why=$(missing) || why="$python does not run"
+if [ -n "$why" ]; then
+  printf 'benchmarks/gpu.sh needs a CUDA device, torch for CUDA and nvcc: %s\n' "$why" >&2
+  exit 2
+fi
 
 # Title, seconds it may take, command: its output and how it ended go into the report.
 part() {
@@ -19,27 +40,37 @@ part() {
   status=${PIPESTATUS[0]}
   printf '```\n\nExit status %s after %s s.\n' "$status" "$((SECONDS - start))" >>"$report"
   [ "$status" = 0 ] || failed=1
+  return "$status"
 }
 
+end() {
+  printf '\n%s s in all.\n' "$SECONDS" >>"$report"
+  echo "Report: $report"
+  exit $failed
+}
+
+# In an environment of its own, which takes torch from where `python` has it: the system, or another one.
 build() {
+  local packages='import sysconfig; print(sysconfig.get_path("purelib"))'
   "$python" -m venv --system-site-packages $venv &&
-    $venv/bin/pip install --quiet "scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.24" ninja &&
+    "$python" -c "$packages" >"$($venv/bin/python -c "$packages")/base.pth" &&
+    $venv/bin/pip install --quiet "scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.24" ninja \
+      "pytest>=8" &&
     $venv/bin/pip install --quiet --no-build-isolation -Cbuild-dir=build/gpu-objects \
-      -Ccmake.define.MNP_FAST_CUDA=ON -Ccmake.define.CMAKE_CUDA_ARCHITECTURES=native \
-      --editable ".[test]"
+      -Ccmake.define.MNP_FAST_CUDA=ON -Ccmake.define.CMAKE_CUDA_ARCHITECTURES=native --editable .
 }
 export -f build
 export python venv
 
+mkdir -p "$(dirname "$report")"
 printf '# mnp_fast on a CUDA device\n\n%s, %s.\n' "$(date -u +%F)" "$(git rev-parse --short HEAD)" >"$report"
 part "Device" 15 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv
-part "Build" 120 bash -c build
+part "Build" 120 bash -c build || end  # nothing else can run
 part "What is used" 20 $venv/bin/mnp-fast info
-part "Tests" 120 $venv/bin/python -m pytest -m gpu -q
-if command -v compute-sanitizer >/dev/null; then
-  part "Memory checks" 45 compute-sanitizer --error-exitcode 1 $venv/bin/python -m pytest -m gpu -q \
-    tests/gpu -k "affine and dtype0 or magnitude or update"
-fi
-part "Benchmarks" 150 $venv/bin/python -m benchmarks.run --device cuda --json "${report%.md}.json"
-echo "Report: $report"
-exit $failed
+test=($venv/bin/python -m pytest -m gpu -q --durations=5)
+part "Tests" 50 "${test[@]}" tests/gpu --deselect tests/gpu/test_sanitizer.py
+part "Tests of Triton" 95 "${test[@]}" tests/triton
+part "Memory checks" 60 "${test[@]}" tests/gpu/test_sanitizer.py
+part "Benchmarks" 115 $venv/bin/python -m benchmarks.run --device cuda --seconds 80 \
+  --json "${report%.md}.json"
+end

@@ -62,6 +62,10 @@ def main(
         Optional[int],  # noqa: UP045 (Typer evaluates it on Python 3.10)
         typer.Option(min=1, help="Threads; CPU time with one, else wall time."),
     ] = None,
+    seconds: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(min=0, help="Begin no further case after so long."),
+    ] = None,
     output: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("--json", help="File for all figures."),
@@ -72,17 +76,22 @@ def main(
         torch.set_num_threads(threads)
     if (suite is None) == (device is Device.cpu):
         raise typer.BadParameter("give either --suite NAME or --device cuda")
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise typer.BadParameter(
+            f"--device cuda needs a CUDA device, and torch {torch.__version__} finds none"
+        )
     torch.manual_seed(0)
     used = torch.get_num_threads()
     if suite is None:
         name, cases, clock, peaks = "cuda", cuda.cases(quick, "cuda"), after_the_device, {}
-        head = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}; {machine(used)}"
+        head = f"{cuda.device_line()}\n{machine(used)}"
     else:
         name, cases = suite.value, SUITES[suite](quick)
         clock = time.thread_time if used == 1 else time.perf_counter
         peaks = {} if quick else measured_peaks()
         head = "\n".join([machine(used), *([roofline(peaks)] if peaks else [])])
-    rows = [row for case in cases for row in measure(case, rounds, clock, peaks)]
+    timed = begun_within(seconds, cases)
+    rows = [row for case in timed for row in measure(case, rounds, clock, peaks)]
     show(rows, f"{name}, {rounds} rounds", head)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -90,6 +99,16 @@ def main(
         output.write_text(json.dumps(content, indent=1) + "\n")
     if any(row.wrong for row in rows):
         raise typer.Exit(1)
+
+
+def begun_within(seconds: float | None, cases: Iterator[Case]) -> Iterator[Case]:
+    """The cases until the time is up; so a report has what was timed."""
+    start = time.monotonic()
+    for case in cases:
+        yield case
+        if seconds is not None and time.monotonic() - start > seconds:
+            typer.echo(f"{seconds:g} s are over: no further cases")
+            return
 
 
 def after_the_device() -> float:

@@ -4,6 +4,7 @@ Every operator has a list of candidates. The first that can run takes the call:
 
 - ``cpu`` and ``cuda``, the compiled kernels, take tensors on their device;
 - ``triton`` takes CUDA tensors where the compiled kernels are missing (two operators have it);
+- ``linalg`` takes spectral norms of CUDA tensors, which have no kernel there;
 - ``torch``, the definition in plain PyTorch, takes what is on devices without compiled kernels. On
   CUDA devices it is taken on request only: if their kernels are missing, calls fail and say why.
 
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ._extension import cuda_missing
@@ -55,11 +57,21 @@ def register(operator: str, candidate: Candidate, position: int | None = None) -
 
 
 def register_compiled(
-    operator: str, compiled: Callable[..., Any], plain: Callable[..., Any]
+    operator: str,
+    compiled: Callable[..., Any],
+    plain: Callable[..., Any],
+    cuda_cannot: Callable[..., str | None] = lambda *arguments: None,
 ) -> None:
-    """Add the candidates `cpu` and `cuda`, which call the dispatcher, and `torch`."""
+    """Add the candidates `cpu` and `cuda`, which call the dispatcher, and `torch`.
+
+    `cuda_cannot` says what the kernel of CUDA tensors cannot compute, as `Candidate.can_run`.
+    """
+
+    def can_run_on_cuda(*arguments: Any) -> str | None:
+        return _only_on("cuda")(*arguments) or cuda_cannot(*arguments)
+
     register(operator, Candidate("cpu", None, _only_on("cpu"), compiled))
-    register(operator, Candidate("cuda", cuda_missing, _only_on("cuda"), compiled))
+    register(operator, Candidate("cuda", cuda_missing, can_run_on_cuda, compiled))
     register(operator, Candidate("torch", None, lambda *arguments: None, plain))
 
 
@@ -98,6 +110,27 @@ def choose(operator: str, *arguments: Any) -> Candidate:
         f"{operator}: no backend for tensors on {device}:{listed}\n"
         f"  torch: only if asked for, with mnp_fast.backends.use({operator}='torch')"
     )
+
+
+def check_device(device: torch.device) -> None:
+    """Fail now, and not at a later operator, where a CUDA device's kernels are missing.
+
+    Raises
+    ------
+    RuntimeError
+        Some operator has none there, and `use` names no other candidate; the message says why.
+    """
+    lacking = {}
+    for operator, candidates in _candidates.items():
+        missing = {c.name: c.missing for c in candidates if c.name in ("cuda", "triton")}
+        if operator not in _chosen and all(missing.values()):
+            lacking[operator] = missing["cuda"]
+    if device.type == "cuda" and lacking:
+        chosen = ", ".join(f"{operator}='torch'" for operator in lacking)
+        raise RuntimeError(
+            f"no kernels for tensors on {device}: {next(iter(lacking.values()))}. Move model and "
+            f"data to the CPU, or ask for plain PyTorch: with mnp_fast.backends.use({chosen})"
+        )
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from . import backends
 from .distributed import ALONE, Processes
 from .seeds import mixed
 
@@ -107,6 +108,8 @@ def check_model(model: nn.Module, data: CleanSet) -> int:
     ValueError
         Weights with NaN or infinity, other devices than the data's, images that the model cannot
         process, outputs that are not logits (N, classes), labels beyond the classes.
+    RuntimeError
+        They are on a CUDA device whose kernels are missing.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
@@ -124,6 +127,7 @@ def check_model(model: nn.Module, data: CleanSet) -> int:
             raise ValueError(
                 f"model: {name} is {tensor.dtype}, too coarse to fit masks; use float32 or float64"
             )
+    backends.check_device(data.images.device)
     modes = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():

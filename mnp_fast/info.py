@@ -21,8 +21,9 @@ def build_info() -> dict[str, Any]:
         ``version``, ``compiler``, ``torch_built`` and ``torch_running``, ``python``; under
         ``cpu``, the instruction sets ``built``, ``usable`` on this machine and ``used`` (the best,
         or the one that the environment variable MNP_FAST_CPU names) and the number of
-        ``threads``; under ``cuda``, whether its kernels are ``built`` and ``loaded``, and the
-        ``reason`` if they are not; under ``backends``, the candidates of each operator.
+        ``threads``; under ``cuda``, whether its kernels are ``built`` and ``loaded``, the
+        ``reason`` if they are not, and the number of ``devices`` that torch finds; under
+        ``backends``, the candidates of each operator.
     """
     return {
         "version": metadata.version("mnp_fast"),
@@ -40,6 +41,7 @@ def build_info() -> dict[str, Any]:
             "built": not _C.cuda_left_out,
             "loaded": cuda_missing is None,
             "reason": cuda_missing or "",
+            "devices": torch.cuda.device_count(),
         },
         "backends": backends.table(),
     }

@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import mnp_fast
 from mnp_fast import _extension, backends, ops
+from mnp_fast.demo.resnet import ResNet18
 
 OPERATORS = {"masked_conv2d", "masked_affine", "masked_linear", "neuron_magnitude", "mask_update_"}
 
@@ -63,6 +65,15 @@ def test_triton_takes_over_where_cuda_kernels_are_missing(monkeypatch):
         assert (
             backends.choose("masked_linear", x, torch.empty(4, 3, device="cuda")).name == "triton"
         )
+
+
+def test_spectral_norms_of_cuda_tensors_are_by_linalg():
+    with FakeTensorMode():
+        weights = [torch.empty(4, 3, 3, 3, device="cuda")]
+        assert backends.choose("neuron_magnitude", weights, "spectral").name == "linalg"
+        why = backends.reasons("neuron_magnitude", weights, "spectral")["cuda"]
+        assert why == (_extension.cuda_missing or "norm 'spectral' has no CUDA kernel")
+    assert backends.choose("neuron_magnitude", [torch.empty(2, 2)], "spectral").name == "cpu"
 
 
 def test_the_compiled_kernels_are_the_default():
@@ -124,6 +135,43 @@ def test_cuda_tensors_without_cuda_kernels_fail_at_once(monkeypatch):
         assert lines[-1].endswith("mnp_fast.backends.use(masked_affine='torch')")
         with backends.use(masked_affine="torch"):
             assert ops.masked_affine(x).device.type == "cuda"
+
+
+def without_cuda_kernels(monkeypatch, why):
+    """As where neither they nor Triton are installed."""
+    for operator, known in backends._candidates.items():
+        candidates = [
+            backends.Candidate(
+                c.name, why if c.name in ("cuda", "triton") else c.missing, c.can_run, c.run
+            )
+            for c in known
+        ]
+        monkeypatch.setitem(backends._candidates, operator, candidates)
+
+
+def test_a_device_without_kernels_is_refused_before_any_work(monkeypatch):
+    why = "mnp_fast was built with MNP_FAST_CUDA=OFF"
+    without_cuda_kernels(monkeypatch, why)
+    device = torch.device("cuda", 1)
+    with pytest.raises(RuntimeError, match=f"^no kernels for tensors on cuda:1: {why}. Move"):
+        backends.check_device(device)
+    with backends.use(**dict.fromkeys(OPERATORS - {"mask_update_"}, "torch")):
+        with pytest.raises(RuntimeError, match=r"use\(mask_update_='torch'\)$"):
+            backends.check_device(device)
+        with backends.use(mask_update_="torch"):
+            backends.check_device(device)
+    backends.check_device(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("function", [mnp_fast.defend, mnp_fast.detect, mnp_fast.neuron_stats])
+def test_functions_look_at_the_device_first(monkeypatch, function):
+    def refuse(device):
+        raise RuntimeError(f"no kernels for {device}")
+
+    monkeypatch.setattr(backends, "check_device", refuse)
+    images, labels = torch.rand(4, 3, 16, 16), torch.arange(4)
+    with pytest.raises(RuntimeError, match="no kernels for cpu"):
+        function(ResNet18(4), (images, labels))
 
 
 def test_why_cuda_kernels_are_missing(monkeypatch, tmp_path):

@@ -1,4 +1,8 @@
 import json
+import os
+import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,6 +19,7 @@ from mnp_fast.demo.resnet import ResNet18
 from .commands import call
 from .models import randomize
 
+ROOT = Path(roofline.__file__).parents[1]
 SUITES = [suite.value for suite in run.Suite]
 
 
@@ -39,13 +44,49 @@ def test_cases_of_a_gpu_are_right():
     """The same cases on the CPU, where nothing is captured."""
     rows = [row for case in cuda.cases(True, "cpu") for row in measure(case, 1, time.time, {})]
     assert not any(row.wrong for row in rows)
-    assert len({row.case for row in rows}) == 8
+    assert len({row.case for row in rows}) == 9
+    assert {row.note for row in rows if row.by == cuda.TRITON} == {
+        "x must be on a CUDA device, not on cpu"
+    }
     result = call(run.main, "--suite", "step", "--device", "cuda")
     assert "give either --suite NAME or --device cuda" in result.output
 
 
+def test_without_a_device_a_benchmark_of_it_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = call(run.main, "--device", "cuda")
+    assert result.exit_code == 2
+    assert "--device cuda needs a CUDA device" in result.output
+
+
+def test_without_a_device_the_script_says_so(tmp_path):
+    script, report = ROOT / "benchmarks" / "gpu.sh", tmp_path / "report.md"
+    for python, why in (
+        (
+            sys.executable,
+            f"torch {re.escape(torch.__version__)} (has no CUDA|finds no CUDA device)",
+        ),
+        ("/no/python", "/no/python does not run"),
+    ):
+        environment = {**os.environ, "PYTHON": python, "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(
+            ["bash", script, report], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 2
+        assert re.search(f"needs a CUDA device, torch for CUDA and nvcc: {why}\n", done.stderr)
+        assert not report.exists()
+
+
+def test_no_case_is_begun_after_the_time():
+    cases = [case_of(0.0) for _ in range(3)]
+    assert list(run.begun_within(None, iter(cases))) == cases
+    assert list(run.begun_within(0, iter(cases))) == cases[:1]
+
+
 def test_docs_have_the_modelled_bytes():
-    assert roofline.page() in (Path(roofline.__file__).parents[1] / "docs" / "gpu.md").read_text()
+    text = (ROOT / "docs" / "gpu.md").read_text()
+    for table in (roofline.rows(), roofline.product_rows()):
+        assert roofline.page(table) in text
 
 
 def case_of(error, limit=1e-5, **given):

@@ -31,7 +31,12 @@ def test_keys_and_values():
     assert info["python"] == platform.python_version()
     reason = _extension.cuda_missing
     built = not _C.cuda_left_out
-    assert info["cuda"] == {"built": built, "loaded": not reason, "reason": reason or ""}
+    assert info["cuda"] == {
+        "built": built,
+        "loaded": not reason,
+        "reason": reason or "",
+        "devices": torch.cuda.device_count(),
+    }
     assert info["backends"] == backends.table()
     assert json.loads(json.dumps(info)) == info
 
@@ -155,7 +160,7 @@ def test_damaged_extension_is_explained(tmp_path):
     first, second, third = done.stderr.splitlines()[-3:]
     assert re.search(f"ImportError: mnp_fast's compiled .* cannot be loaded: .*{name}", first)
     assert f"torch {torch.__version__} ({Path(torch.__file__).parent})" in second
-    assert f"python {platform.python_version()} ({sys.executable})" in second
+    assert f"python {platform.python_version()} ({os.path.normpath(sys.executable)})" in second
     assert third == f"  extension modules: {tmp_path / 'mnp_fast' / name}"
 
 

@@ -154,14 +154,18 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // out[i] = sum of parts[split][i] in order.
-template <class C>
+template <class C, int V>
 __global__ void __launch_bounds__(kThreads)
     add_parts(const C* parts, int64_t splits, int64_t size, C* out) {
-  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * V;
   if (i >= size) return;
-  C total = parts[i];
-  for (int64_t s = 1; s < splits; ++s) total += parts[s * size + i];
-  out[i] = total;
+  Vec<C, V> total = load<C, V>(parts + i);
+  for (int64_t s = 1; s < splits; ++s) {
+    const Vec<C, V> part = load<C, V>(parts + s * size + i);
+#pragma unroll
+    for (int j = 0; j < V; ++j) total.at[j] += part.at[j];
+  }
+  store<C, V>(out + i, total);
 }
 
 int64_t sums_of(const NeuronLayout& l) { return kSums * l.batch * l.neurons; }
@@ -205,8 +209,12 @@ Error run_channels_last(const EpilogueGrad& e, const Tiles& t, Stream stream) {
     return error;
   if (!split) return nullptr;
   const int64_t size = sums_of(e.layout);
-  return launch(add_parts<C>, ceil_div(size, kThreads), kThreads, stream, sums, t.splits, size,
-                static_cast<C*>(e.sums));
+  const auto add = [&](auto kernel, int64_t lanes) {
+    return launch(kernel, ceil_div(size, lanes * kThreads), kThreads, stream, sums, t.splits, size,
+                  static_cast<C*>(e.sums));
+  };
+  const bool wide = size % kLanes<C> == 0 && aligned(sums, e.sums);
+  return wide ? add(add_parts<C, kLanes<C>>, kLanes<C>) : add(add_parts<C, 1>, 1);
 }
 
 bool is_empty(const NeuronLayout& l) { return l.batch == 0 || l.neurons == 0 || l.inner == 0; }

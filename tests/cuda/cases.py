@@ -176,9 +176,9 @@ def check(program: Path, cases: list[Case]) -> None:
     """Run all calls with threads in both orders, and compare bits of the two and what is right."""
     calls = [call for call, _ in cases]
     forward = execute(program, calls, reverse=False)
-    for (call, expected), results in zip(cases, forward, strict=True):
+    for (call, expected), done in zip(cases, forward, strict=True):
         dtype = next(d for d, e in ELEMENTS.items() if e == call.ints[4 * ("epi" in call.kernel)])
-        for result, right in zip(results, expected, strict=True):
+        for result, right in zip(done.written, expected, strict=True):
             spread = right[right.isfinite()].abs().max().item() if right.isfinite().any() else 0.0
             torch.testing.assert_close(
                 result,
@@ -187,5 +187,5 @@ def check(program: Path, cases: list[Case]) -> None:
                 atol=TOLERANCE[dtype] * (spread + 1e-3),
                 equal_nan=True,
             )
-    for results, others in zip(forward, execute(program, calls, reverse=True), strict=True):
-        assert list(map(raw, results)) == list(map(raw, others))
+    for done, other in zip(forward, execute(program, calls, reverse=True), strict=True):
+        assert list(map(raw, done.written)) == list(map(raw, other.written))

@@ -1,4 +1,6 @@
+import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -14,6 +16,13 @@ def _seed_of_cases():
 def objects(request):
     """Where compiled kernels are kept between runs; their names have hashes of what they are."""
     return request.config.cache.mkdir("cuda")
+
+
+@pytest.fixture(scope="session")
+def pool():
+    """What waits for processes, one for each core; tests take the results in their own order."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield pool
 
 
 @pytest.fixture(scope="session")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import struct
 import subprocess
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,6 +42,14 @@ def compile_unit(source: Path, csrc: Path, cache: Path, flags: Sequence[str]) ->
     return target
 
 
+def compile_units(
+    sources: Sequence[Path], csrc: Path, cache: Path, flags: Sequence[str]
+) -> list[Path]:
+    """The objects of all sources; a compiler for each core."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda source: compile_unit(source, csrc, cache, flags), sources))
+
+
 def run(command: Sequence[str | Path], **options: object) -> subprocess.CompletedProcess[str]:
     """A process that has to succeed."""
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
@@ -55,7 +65,7 @@ def build(cache: Path, csrc: Path = CSRC) -> Path:
 
 def link(sources: Sequence[Path], cache: Path, csrc: Path = CSRC) -> Path:
     """A program from sources, under AddressSanitizer."""
-    objects = [compile_unit(source, csrc, cache, SANITIZE) for source in sources]
+    objects = compile_units(sources, csrc, cache, SANITIZE)
     key = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:20]
     program = cache / f"{sources[-1].stem}-{key}"
     if not program.exists():
@@ -113,8 +123,17 @@ def raw(t: Tensor) -> bytes:
     return t.contiguous().view(torch.uint8).numpy().tobytes() if t.numel() else b""
 
 
-def execute(program: Path, calls: Sequence[Call], reverse: bool) -> list[list[Tensor]]:
-    """What every call wrote, threads and blocks taken in order or in reverse."""
+@dataclass
+class Done:
+    """What a call wrote, and its accesses of 16 bytes."""
+
+    written: list[Tensor]
+    wide_reads: int
+    wide_writes: int
+
+
+def execute(program: Path, calls: Sequence[Call], reverse: bool) -> list[Done]:
+    """What every call did, threads and blocks taken in order or in reverse."""
     done = subprocess.run(
         [program],
         input=b"".join(call.request(reverse) for call in calls),
@@ -124,8 +143,8 @@ def execute(program: Path, calls: Sequence[Call], reverse: bool) -> list[list[Te
     assert done.returncode == 0, done.stderr.decode()[-4000:]
     results, at = [], 0
     for call in calls:
-        (length,) = struct.unpack_from("q", done.stdout, at)
-        at += 8 + length
+        reads, writes, length = struct.unpack_from("3q", done.stdout, at)
+        at += 24 + length
         assert not length, done.stdout[at - length : at].decode()
         written = []
         for buffer in call.buffers:
@@ -139,6 +158,6 @@ def execute(program: Path, calls: Sequence[Call], reverse: bool) -> list[list[Te
                 written.append(flat.reshape(buffer.tensor.shape))
             else:
                 written.append(torch.empty_like(buffer.tensor))
-        results.append(written)
+        results.append(Done(written, reads, writes))
     assert at == len(done.stdout)
     return results

@@ -1,10 +1,8 @@
 """The tests of the kernels notice a wrong index, a missing barrier, a wrong bound."""
 
-import os
 import random
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import pytest
@@ -28,6 +26,8 @@ MUTATIONS = [
     ("epilogue_grad", "if (widen(y.at[j]) <= 0)", "if (widen(y.at[j]) < 0)"),
     ("epilogue_grad", "{row * inner, (row + 1) * inner}", "{row * inner, (row + 1) * inner + 1}"),
     ("epilogue_grad", "p < end; p += t.rows", "p <= end; p += t.rows"),
+    ("epilogue_grad", "parts + s * size + i", "parts + s * size"),
+    ("epilogue_grad", "size % kLanes<C> == 0 && aligned", "aligned"),
     ("magnitude", "span{ahead, ahead + rows.size};", "span{ahead, rows.size};"),
     ("magnitude", "a.first[layer + step] <= row", "a.first[layer + step] < row"),
     ("magnitude", "if (number >= a.first[a.count]) return;", ""),
@@ -78,19 +78,18 @@ def is_noticed(mutation, folder, objects):
 
 
 @pytest.fixture(scope="module")
-def noticed(objects, tmp_path_factory):
-    """Of every mutation, whether it is noticed, in time; a compiler for each core."""
+def noticed(objects, tmp_path_factory, pool):
+    """Of every mutation, whether it is noticed, in time."""
     folder = tmp_path_factory.mktemp("mutants")
     random.seed(0)
     # What threads would share is made before: random numbers, and objects without a mutation.
     for name in shim.KERNELS:
         cases_of(name)
     shim.build(objects, sources(folder / "none"))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [
-            pool.submit(is_noticed, mutation, folder / str(index), objects)
-            for index, mutation in enumerate(MUTATIONS)
-        ]
+    return [
+        pool.submit(is_noticed, mutation, folder / str(index), objects)
+        for index, mutation in enumerate(MUTATIONS)
+    ]
 
 
 @pytest.mark.parametrize("index", range(len(MUTATIONS)), ids=lambda index: MUTATIONS[index][1])

@@ -12,7 +12,15 @@ from . import shim
 
 # Of the convolution, what is not about the CPU's algorithms, precision and messages, nor slow here.
 CONV = "channels_last or any_stride or opcheck or nan or compiles or linear_matches"
-SUITES = {"affine": (), "magnitude": ("-k", "not spectral"), "update": (), "conv": ("-k", CONV)}
+# Of fused models, what runs regions of several blocks: here one block after the other.
+FUSION = "apart or odd_structures or whole_network or one_kind_alone"
+SUITES = {
+    "ops/test_affine.py": "",
+    "ops/test_magnitude.py": "(not spectral or linalg) and not every_value",
+    "ops/test_update.py": "",
+    "ops/test_conv.py": CONV,
+    "test_fusion.py": FUSION,
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +36,7 @@ def library(objects):
         shim.SHIM / "library.cpp",
         shim.SHIM / "fibers.cpp",
     ]
-    compiled = [shim.compile_unit(source, shim.CSRC, objects, flags) for source in sources]
+    compiled = shim.compile_units(sources, shim.CSRC, objects, flags)
     key = hashlib.sha256(" ".join(map(str, compiled)).encode()).hexdigest()[:20]
     target = objects / f"operators-{key}.so"
     if not target.exists():
@@ -38,14 +46,24 @@ def library(objects):
     return target
 
 
-@pytest.mark.parametrize("name", SUITES)
-def test_operators_pass_the_tests_of_the_cpu(name, library):
-    file = shim.ROOT / "tests" / "ops" / f"test_{name}.py"
-    options = ("-p", "tests.cuda.on_cpu", "-p", "no:cacheprovider", "-q", *SUITES[name])
-    done = shim.run(
-        [sys.executable, "-m", "pytest", file, *options],
-        cwd=shim.ROOT,
-        env={**os.environ, "MNP_TEST_LIBRARY": str(library)},
-    )
+@pytest.fixture(scope="module")
+def finished(library, pool):
+    """Of every suite, the process that ran it, in time."""
+    environment = {**os.environ, "MNP_TEST_LIBRARY": str(library), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-p", "tests.cuda.on_cpu", "-p", "no:cacheprovider"]
+    return {
+        file: pool.submit(
+            shim.run,
+            [*command, "-q", shim.ROOT / "tests" / file, "-k", chosen],
+            cwd=shim.ROOT,
+            env=environment,
+        )
+        for file, chosen in SUITES.items()
+    }
+
+
+@pytest.mark.parametrize("file", SUITES)
+def test_operators_pass_the_tests_of_the_cpu(file, finished):
+    done = finished[file].result()
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mnp_fast import reference
+from mnp_fast import backends, reference
 from mnp_fast.ops import neuron_magnitude
 
 from .cases import assert_same_bits, relative_error
@@ -63,6 +63,17 @@ def test_any_stride(norm, dtype):
         assert relative_error(a, e) <= (1e-14 if dtype == torch.float64 else 1e-6), name
 
 
+@pytest.fixture(params=[None, "linalg"])
+def spectral_backend(request):
+    """The default one, and the one that CUDA tensors have."""
+    if request.param is None:
+        yield
+        return
+    with backends.use(neuron_magnitude=request.param):
+        yield
+
+
+@pytest.mark.usefixtures("spectral_backend")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_spectral(dtype):
     weights = [torch.randn(shape).to(dtype) for shape in MATRICES]
@@ -76,6 +87,7 @@ def test_spectral(dtype):
         assert relative_error(a, e) <= (1e-8 if dtype == torch.float64 else 2e-6), e.shape
 
 
+@pytest.mark.usefixtures("spectral_backend")
 def test_spectral_of_values_that_lie_close_together():
     """Equal ones, nearly equal ones, one alone, none."""
     u, v = (torch.linalg.qr(torch.randn(3, 20, 9))[0] for _ in range(2))
@@ -86,6 +98,7 @@ def test_spectral_of_values_that_lie_close_together():
     assert ((found - exact).abs() <= 2e-6 * exact).all()
 
 
+@pytest.mark.usefixtures("spectral_backend")
 @pytest.mark.parametrize("place", [0, 8, 79])
 def test_spectral_does_not_hide_nan_and_infinity(place):
     w = torch.ones(3, 10, 2, 4)
@@ -135,6 +148,20 @@ def test_opcheck_and_default(norm):
     torch.library.opcheck(torch.ops.mnp_fast.neuron_magnitude.default, (weights, norm))
     for a, b in zip(module._default(weights, norm), neuron_magnitude(weights, norm), strict=True):
         assert relative_error(a, b) <= 1e-6
+
+
+def test_linalg_takes_spectral_norms_alone():
+    for wrong, why in (
+        ((torch.ones(2, 2), "l2"), "'linalg' cannot run: norm must be 'spectral', not 'l2'"),
+        (
+            (torch.ones(()), "spectral"),
+            r"shape \(neurons, \*\) and a floating-point dtype, not \(\)",
+        ),
+        ((torch.ones(2, 2).int(), "spectral"), "not .* and torch.int32"),
+    ):
+        weight, norm = wrong
+        with backends.use(neuron_magnitude="linalg"), pytest.raises(RuntimeError, match=why):
+            neuron_magnitude([weight], norm)
 
 
 def test_bad_input_is_named():

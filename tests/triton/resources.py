@@ -2,6 +2,8 @@
 
 python -m tests.triton.resources            prints registers, memory and accesses of each
 python -m tests.triton.resources --update   also writes resources.json, which the test compares with
+
+There is a table for each release of Triton, as each has its own ptxas.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ CASES = {
     "float32 unaligned": (torch.float32, False, False),
     "float16 unaligned": (torch.float16, False, False),
 }
-KERNELS = ("conv_forward", "epilogue_backward", "conv_grad_input")
+Resources = dict[str, list[int]]
 
 
 @dataclass(frozen=True)
@@ -185,10 +187,23 @@ def main() -> None:
             f"{c.shared:6} shared, {c.blocks} blocks; {', '.join(c.instructions)}"
         )
     if sys.argv[1:] == ["--update"]:
-        rows = {c.name: [c.registers, c.shared] for c in compiled}
-        lines = ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in rows.items())
-        version = json.dumps(triton.__version__)
-        BASELINE.write_text(f'{{\n  "triton": {version},\n  "kernels": {{\n{lines}\n  }}\n}}\n')
+        write({**stored(), triton.__version__: {c.name: [c.registers, c.shared] for c in compiled}})
+
+
+def stored() -> dict[str, Resources]:
+    """Of every known release of Triton, registers and shared memory by kernel."""
+    return json.loads(BASELINE.read_text())
+
+
+def write(tables: dict[str, Resources]) -> None:
+    """Store the tables, a line for each kernel."""
+    parts = [
+        f"  {json.dumps(version)}: {{\n"
+        + ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in kernels.items())
+        + "\n  }"
+        for version, kernels in sorted(tables.items())
+    ]
+    BASELINE.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The kernels on a GPU: python -m pytest -m gpu tests/triton."""
+"""The kernels on a GPU: python -m pytest -m gpu tests/triton.
+
+Compiling is what takes long: types and layouts take turns, as the interpreter runs all of them.
+"""
 
 import pytest
 import torch
@@ -18,9 +21,14 @@ LAYER = Conv(8, 64, 28, 28, 128)
 
 
 @pytest.fixture(autouse=True)
-def _float32_stays_float32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+def _float32_stays_float32():
+    settings = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
+    yield
+    for setting, precision in zip(settings, before, strict=True):
+        setting.fp32_precision = precision
 
 
 def inputs_of(case, dtype, layout=torch.channels_last, per_sample=True):
@@ -32,30 +40,39 @@ def relu(case):
     return {**case.geometry, "activation": "relu"}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("name", UNGROUPED)
-def test_matches_reference(name, dtype, layout):
-    compare(inputs_of(CONVS[name], dtype, layout), relu(CONVS[name]))
-
-
-@pytest.mark.parametrize("index", range(3))
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_every_configuration(monkeypatch, dtype, layout, index):
+def use_configuration(monkeypatch, index):
     for tuner in (*kernels.CONV_FORWARD.values(), *kernels.CONV_GRAD_INPUT.values()):
         monkeypatch.setattr(tuner, "configs", [tuner.configs[index % len(tuner.configs)]])
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("index", range(len(UNGROUPED)), ids=UNGROUPED)
+def test_matches_reference(index, half):
+    case, dtype = CONVS[UNGROUPED[index]], torch.float16 if half else torch.float32
+    compare(inputs_of(case, dtype, LAYOUTS[(index + half) % 2]), relu(case))
+
+
+# Images that are not channels-last have one configuration.
+@pytest.mark.parametrize(
+    ("layout", "index"), [(LAYOUTS[0], 0), *((LAYOUTS[1], i) for i in range(3))]
+)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_every_configuration(monkeypatch, dtype, layout, index):
+    use_configuration(monkeypatch, index)
     compare(inputs_of(LAYER, dtype, layout), relu(LAYER))
 
 
-def test_tf32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32")
+def test_tf32():
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
     compare(inputs_of(LAYER, torch.float32), relu(LAYER), tolerance=2e-3)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", [(64, 512), (4, 197, 192), (3, 5, 9)])
-def test_linear(shape, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    list(zip(TOLERANCE, [(3, 5, 9), (64, 512), (4, 197, 192)], strict=True)),
+)
+def test_linear(monkeypatch, dtype, shape):
+    use_configuration(monkeypatch, 2)
     inputs = {
         "x": torch.randn(shape),
         "weight": torch.randn(96, shape[-1]),

@@ -1,11 +1,9 @@
 """Every kernel and configuration compiled for every target: registers, memory, accesses."""
 
-import json
-
 import pytest
 import triton
 
-from .resources import BASELINE, CASES, TARGETS, compile_all
+from .resources import CASES, TARGETS, compile_all, stored
 
 UPDATE = "python -m tests.triton.resources --update"
 
@@ -24,12 +22,14 @@ def test_every_target_and_case_is_there(compiled):
 
 
 def test_registers_and_shared_memory_are_those_of_the_baseline(compiled):
-    baseline = json.loads(BASELINE.read_text())
+    tables = stored()
+    known = triton.__version__ in tables
+    latest = max(tables, key=lambda version: [int(part) for part in version.split(".")])
+    baseline = tables[triton.__version__ if known else latest]
+    slack = 1.0 if known else 1.5  # another release has another ptxas
     found = {c.name: [c.registers, c.shared] for c in compiled}
-    assert found.keys() == baseline["kernels"].keys(), UPDATE
-    # Another version of Triton has another ptxas; its figures may differ a little.
-    slack = 1.0 if triton.__version__ == baseline["triton"] else 1.25
-    for name, (registers, shared) in baseline["kernels"].items():
+    assert found.keys() == baseline.keys(), UPDATE
+    for name, (registers, shared) in baseline.items():
         assert found[name][0] <= registers * slack, f"{name}: registers. {UPDATE}"
         assert found[name][1] <= shared * slack, f"{name}: shared memory. {UPDATE}"
 

@@ -6,8 +6,7 @@ std::vector<Tensor> neuron_magnitude(const std::vector<Tensor>& weights, const s
   const char* op = "neuron_magnitude";
   const Norm kind = parse_norm(op, norm);
   MNP_CHECK(kind != Norm::spectral, op,
-            ": norm 'spectral' has no CUDA kernel; mnp_fast.backends.use(neuron_magnitude='torch') "
-            "computes it");
+            ": norm 'spectral' has no CUDA kernel; mnp_fast.ops.neuron_magnitude computes it");
   std::vector<Tensor> dense, norms;
   std::vector<cuda::NeuronRows> layers[4];  // by Element
   for (const Tensor& given : weights) {

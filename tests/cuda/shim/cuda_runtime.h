@@ -22,11 +22,21 @@ struct dim3 {
   dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
+// Accesses of 16 bytes are counted: those of the kernels are copies of this type.
+#ifndef __clang__
+#pragma GCC diagnostic ignored "-Wclass-memaccess"  // to the kernels it is plain data
+#endif
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
+  uint4() = default;
+  uint4(const uint4& other) : x(other.x), y(other.y), z(other.z), w(other.w) { ++shim::wide_reads; }
+  uint4& operator=(const uint4&) = default;
 };
 
-inline void __stwb(uint4* p, uint4 value) { *p = value; }
+inline void __stwb(uint4* p, const uint4& value) {
+  *p = value;
+  ++shim::wide_writes;
+}
 
 inline dim3 blockIdx;
 #define threadIdx (dim3(static_cast<unsigned>(shim::thread())))

@@ -12,7 +12,8 @@ struct Slot {
   unsigned char bytes[16];
 };
 
-inline bool reversed = false;  // the order of blocks and threads
+inline bool reversed = false;                      // the order of blocks and threads
+inline long long wide_reads = 0, wide_writes = 0;  // accesses of 16 bytes
 
 int thread();  // the running one
 void run_block(int threads, const std::function<void()>& body);

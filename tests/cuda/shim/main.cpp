@@ -1,9 +1,10 @@
 // Runs kernels on buffers read from standard input and writes back what they made of them.
 //
 // Request, repeated until the end of the input: the kernel, the order of threads, and the numbers
-// of integers, floats and buffers, then these; see Buffer::read. Response: the length of an error
-// and the error, then the buffers that are outputs. Every buffer lies between guards that must not
-// be touched, outputs are NaN before the call, and inputs must not change.
+// of integers, floats and buffers, then these; see Buffer::read. Response: reads and writes of 16
+// bytes, the length of an error and the error, then the buffers that are outputs. Every buffer lies
+// between guards that must not be touched, outputs are NaN before the call, and inputs must not
+// change.
 #include <sanitizer/asan_interface.h>
 #include <unistd.h>
 
@@ -143,14 +144,16 @@ int main() {
     Buffers buffers;
     for (int64_t i = 0; i < head[4]; ++i) buffers.push_back(Buffer::read());
     for (Buffer& buffer : buffers) buffer.guard();
+    shim::wide_reads = shim::wide_writes = 0;
     const Error error = head[0] == 0   ? run_epilogue(ints, buffers)
                         : head[0] == 1 ? run_epilogue_grad(ints, buffers)
                         : head[0] == 2 ? run_magnitude(ints, buffers)
                                        : run_mask_update(ints, doubles, buffers);
     for (Buffer& buffer : buffers) buffer.check();
     const std::string text = error ? error : "";
-    const int64_t length = static_cast<int64_t>(text.size());
-    std::fwrite(&length, sizeof length, 1, stdout);
+    const int64_t numbers[] = {shim::wide_reads, shim::wide_writes,
+                               static_cast<int64_t>(text.size())};
+    std::fwrite(numbers, sizeof numbers, 1, stdout);
     std::fwrite(text.data(), 1, text.size(), stdout);
     for (Buffer& buffer : buffers)
       if (buffer.role() == Buffer::output || buffer.role() == Buffer::both)
