@@ -5,6 +5,7 @@ import inspect
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -106,7 +107,7 @@ def test_a_defense_that_fails_is_reported(tmp_path):
     clean = torch.zeros(2, 3, 16, 16), torch.tensor([-1, 3])
     outcome, other = blind.run_blind(["mnp", "clp"], model, ("resnet18", 4), clean, 0, [tmp_path])
     assert outcome.model is None
-    assert outcome.error == "ValueError: labels must not be negative, but one is -1"
+    assert outcome.error == "ValueError: data: labels must not be negative, found -1"
     assert isinstance(other.model, torch.nn.Module)  # which looks at no label
     assert not other.error
 
@@ -119,16 +120,18 @@ def test_a_process_that_fails_is_reported(monkeypatch, tmp_path):
         blind.run_blind(["clp"], build("resnet18", 4, 0), ("resnet18", 4), clean, 0, [tmp_path])
 
 
-@pytest.mark.parametrize("name", ["rnp+rule", "clp+rule"])
-def test_the_search_that_rules_share_changes_no_result(name):
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(12, 3, 16, 16, generator=generator)
+def test_the_search_that_rules_share_changes_no_result(monkeypatch):
+    short = partial(rule.DefenseConfig, suppressions=1, suppress_epochs=2, suspects=5)
+    monkeypatch.setattr(rule, "DefenseConfig", partial(short, offset_steps=12))
+    images = torch.rand(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(12) % 10
     model = build("resnet18", 4, 0).eval()
-    first = defense(name)(model, images, labels, 0)
-    calls = rule._searched.cache_info().hits
-    again = defense(name)(model, images, labels, 0)
-    assert rule._searched.cache_info().hits == calls + 1
-    apart = defense(name)(copy.deepcopy(model), images.clone(), labels, 0)
+    defend = defense("rnp+rule")
+    first = defend(model, images, labels, 0)
+    hits = rule._searched.cache_info().hits
+    again = defend(model, images, labels, 0)
+    assert rule._searched.cache_info().hits == hits + 1
+    apart = defend(copy.deepcopy(model), images.clone(), labels, 0)
+    assert rule._searched.cache_info().hits == hits + 1
     for other in (again, apart):
         assert all(map(torch.equal, first.state_dict().values(), other.state_dict().values()))
