@@ -2,6 +2,9 @@
 // see isa.inl.
 #pragma once
 
+// Each row has a pointer of its own: more rows than these have no registers for them.
+constexpr int kPointerRows = kRows < 8 ? kRows : 8;
+
 // Panels [begin, end) of all groups.
 template <class T>
 void pack_dense(const PackPanels<T>& a, int64_t begin, int64_t end, T* panels) {
@@ -40,10 +43,10 @@ struct DenseBlocks {
     parts = max<int64_t>(1, (a.taps + taps - 1) / taps) *
             max<int64_t>(1, (a.depth + depth - 1) / depth);
     const int64_t read = min(a.taps, a.step_h * a.step_w) * depth + Panels<T>{a.width}.padded();
-    const int64_t rows = a.l2 / 2 / (read * size + a.taps * int64_t(sizeof(T*))) / kRows;
-    pixels = kRows * min(64, max<int64_t>(4, rows));
+    const int64_t rows = a.l2 / 2 / (read * size + a.taps * int64_t(sizeof(T*))) / kPointerRows;
+    pixels = kPointerRows * min(64, max<int64_t>(4, rows));
     const int64_t panels = Panels<T>{a.width}.padded() * taps * depth * size;
-    block = panels <= a.l1 / 2 ? kRows : pixels;
+    block = panels <= a.l1 / 2 ? kPointerRows : pixels;
   }
 };
 
@@ -97,7 +100,7 @@ template <class T, int R, int V>
     for (int v = 0; v < V; ++v) store<T>(sums + i * stride + v * L, acc[i][v]);
 }
 
-template <class T, int V, int R = kRows>
+template <class T, int V, int R = kPointerRows>
 inline void dense_rows(int64_t count, const Direct<T>& a, const DensePart<T>& part,
                        const Place* places, int64_t first, int64_t used) {
   if constexpr (R > 0) {
@@ -135,7 +138,8 @@ void dense(const Direct<T>& a, int64_t begin, int64_t end, char* memory) {
         part.sums_stride = sums_stride;
         part.is_first = index == 0, part.is_last = index + 1 == cut.parts;
         for (int64_t begin = 0; begin < pixels; begin += cut.block) {
-          const int64_t count = min(cut.block, pixels - begin), tiles = (count + kRows - 1) / kRows;
+          const int64_t count = min(cut.block, pixels - begin),
+                        tiles = (count + kPointerRows - 1) / kPointerRows;
           for (int64_t p = 0; p < shape.count(); ++p) {
             const int64_t lanes = shape.lanes(p), used = shape.used(p);
             const int64_t first = group * a.width + p * W;

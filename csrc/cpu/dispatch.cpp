@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <stdexcept>
+#include <type_traits>
 
 namespace mnp::cpu {
 
@@ -48,6 +49,14 @@ const KernelTable* choose() {
                            "', but this CPU and build allow only:" + names);
 }
 
+template <class T>
+const Kernels<T>& of_type(const KernelTable& table) {
+  if constexpr (std::is_same_v<T, float>)
+    return table.f32;
+  else
+    return table.f64;
+}
+
 }  // namespace
 
 std::vector<std::string> built_instruction_sets() {
@@ -68,13 +77,26 @@ const KernelTable& kernels() {
   return *table;
 }
 
-template <>
-const Kernels<float>& kernels_of<float>() {
-  return kernels().f32;
+template <class T>
+const Kernels<T>& kernels_of() {
+  return of_type<T>(kernels());
 }
-template <>
-const Kernels<double>& kernels_of<double>() {
-  return kernels().f64;
+
+template <class T>
+const Kernels<T>& kernels_of_group(int64_t channels) {
+  const Kernels<T>& widest = kernels_of<T>();
+#ifdef MNP_X86
+  const int64_t lanes = widest.panel / 2;
+  // Groups of one channel share vectors without moving lanes.
+  if (&kernels() == &kernels_avx512 && channels > 1 && channels < lanes)
+    return of_type<T>(kernels_avx2);
+#endif
+  return widest;
 }
+
+template const Kernels<float>& kernels_of();
+template const Kernels<double>& kernels_of();
+template const Kernels<float>& kernels_of_group(int64_t);
+template const Kernels<double>& kernels_of_group(int64_t);
 
 }  // namespace mnp::cpu

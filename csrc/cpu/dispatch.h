@@ -19,4 +19,8 @@ const KernelTable& kernels();
 template <class T>
 const Kernels<T>& kernels_of();
 
+// The same for groups of so many channels: those of AVX2 where vectors of AVX-512 are not full.
+template <class T>
+const Kernels<T>& kernels_of_group(int64_t channels);
+
 }  // namespace mnp::cpu

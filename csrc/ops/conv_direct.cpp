@@ -124,7 +124,8 @@ void run_by_panels(const cpu::Direct<T>& a, const cpu::PackPanels<T>& weights, i
 
 template <class T>
 void run(cpu::Direct<T>& a, const Conv& conv, const cpu::PackPanels<T>& weights, const Taps& taps) {
-  const auto& kernels = cpu::kernels_of<T>();
+  const auto& kernels =
+      weights.groups > 1 ? cpu::kernels_of_group<T>(weights.width) : cpu::kernels_of<T>();
   a.taps = static_cast<int64_t>(taps.h.size());
   a.tap_h = taps.h.data();
   a.tap_w = taps.w.data();
