@@ -41,7 +41,7 @@ SECRETS = (
 class Outcome:
     """A defended model in eval mode, and the processor time that the defense took.
 
-    What an earlier defense of the same process has computed already (`benchmarks.defenses`) takes
+    What an earlier defense of the same process has computed already (`benchmarks.peers`) takes
     none. If the defense failed, there is no model, and `error` says why.
     """
 
