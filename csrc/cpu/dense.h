@@ -53,8 +53,7 @@ struct DenseBlocks {
 // The part of a product that a tile computes.
 template <class T>
 struct DensePart {
-  const T* const* reads;  // of the first tap and pixel
-  int64_t pixels;         // from one tap's reads to the next
+  TapReads<T> reads;
   int64_t taps, offset, depth;
   const T* panel;
   T* sums;  // of the first pixel
@@ -77,8 +76,12 @@ template <class T, int R, int V>
   const int64_t ahead = a.step_w == 1 ? R * a.in_stride : 0;
   const T* panel = part.panel;
   for (int64_t q = 0; q < part.taps; ++q) {
+    if (part.reads.template outside<R>(q)) {
+      panel += part.depth * V * L;
+      continue;
+    }
     const T* rows[R];
-    for (int i = 0; i < R; ++i) rows[i] = part.reads[q * part.pixels + i] + part.offset;
+    for (int i = 0; i < R; ++i) rows[i] = part.reads.at(q)[i] + part.offset;
 #pragma GCC unroll 4
     for (int64_t d = 0; d < part.depth; ++d) {
       Vec<T> b[V];
@@ -132,7 +135,8 @@ void dense(const Direct<T>& a, int64_t begin, int64_t end, char* memory) {
       const T* panels = a.panels + group * shape.padded() * total;
       for (int64_t index = 0, q = 0, d = 0; index < cut.parts; ++index) {
         DensePart<T> part{};
-        part.pixels = pixels;
+        part.reads = {scratch.reads + q * pixels, pixels, scratch.zeros};
+        const T* const* const reads = part.reads.first;
         part.taps = min(cut.taps, a.taps - q), part.depth = min(cut.depth, a.depth - d);
         part.offset = group * a.depth + d;
         part.sums_stride = sums_stride;
@@ -147,7 +151,7 @@ void dense(const Direct<T>& a, int64_t begin, int64_t end, char* memory) {
             // Tiles of nearly equal height: a short last one could not hide the latency.
             for (int64_t t = 0, s = begin; t < tiles; ++t) {
               const int64_t next = begin + (t + 1) * count / tiles;
-              part.reads = scratch.reads + q * pixels + s;
+              part.reads.first = reads + s;
               part.sums = scratch.sums + s * sums_stride + p * W;
               const Place* places = scratch.places + s;
               if (lanes == W)

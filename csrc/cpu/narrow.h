@@ -36,7 +36,7 @@ inline Vec<T> spread(Vec<T> x, int d) {
 
 // V vectors of channels of R pixels; of the last one `used` channels exist.
 template <class T, int W, int R, int V, bool Whole>
-[[gnu::noinline]] void narrow_tile(const Direct<T>& a, const T* const* reads, int64_t pixels,
+[[gnu::noinline]] void narrow_tile(const Direct<T>& a, const TapReads<T>& reads,
                                    const Place* places, int64_t first, int64_t used) {
   constexpr int L = VecOf<T>::lanes;
   Vec<T> acc[R][V];
@@ -46,36 +46,37 @@ template <class T, int W, int R, int V, bool Whole>
   const int64_t written = R * a.out_step_w * a.groups * W, read = R * a.step_w * a.in_stride;
   for (int i = 0; i < R; ++i) {
     __builtin_prefetch(a.output + places[i].element + written + first, 1);
-    if (a.taps > 0) __builtin_prefetch(reads[(a.taps - 1) * pixels + i] + read + first);
+    if (a.taps > 0) __builtin_prefetch(reads.at(a.taps - 1)[i] + read + first);
   }
   const T* panel = a.panels + first * a.taps * W;
   const int64_t next = a.taps * W * L;
-  for (int64_t q = 0; q < a.taps; ++q, reads += pixels, panel += W * L)
+  for (int64_t q = 0; q < a.taps; ++q, panel += W * L) {
+    if (reads.template outside<R>(q)) continue;
+    const T* const* rows = reads.at(q);
 #pragma GCC unroll 16
     for (int d = 0; d < W; ++d) {
       Vec<T> b[V];
       for (int v = 0; v < V; ++v) b[v] = load<T>(panel + v * next + d * L);
       for (int i = 0; i < R; ++i)
         for (int v = 0; v < V; ++v) {
-          const T* x = reads[i] + first + v * L;
-          // Padding is multiplied too: 0 times infinity is NaN, as in other convolutions.
+          const T* x = rows[i] + first + v * L;
           acc[i][v] += spread<T, W>(Whole ? load<T>(x) : load_some<T>(x, used), d) * b[v];
         }
     }
+  }
   write_tile(a, places, first, (V - 1) * L + used, acc);
 }
 
 // All channels of R pixels.
 template <class T, int W, int R>
-inline void narrow_pixel_tile(const Direct<T>& a, const T* const* reads, int64_t pixels,
-                              const Place* places) {
+inline void narrow_pixel_tile(const Direct<T>& a, const TapReads<T>& reads, const Place* places) {
   constexpr int64_t L = VecOf<T>::lanes;
   const int64_t channels = a.groups * W;
   int64_t c = 0;
   for (; c + 2 * L <= channels; c += 2 * L)
-    narrow_tile<T, W, R, 2, true>(a, reads, pixels, places, c, L);
+    narrow_tile<T, W, R, 2, true>(a, reads, places, c, L);
   for (; c < channels; c += L)
-    narrow_tile<T, W, R, 1, false>(a, reads, pixels, places, c, min(L, channels - c));
+    narrow_tile<T, W, R, 1, false>(a, reads, places, c, min(L, channels - c));
 }
 
 template <class T>
@@ -100,9 +101,10 @@ void narrow(const Direct<T>& a, int64_t begin, int64_t end, char* memory) {
     const int64_t pixels = min(most, end - chunk);
     find_pixels(a, chunk, pixels, scratch);
     int64_t s = 0;
-    for (; s + kRows <= pixels; s += kRows)
-      narrow_pixel_tile<T, W, kRows>(a, scratch.reads + s, pixels, scratch.places + s);
-    for (; s < pixels; ++s)
-      narrow_pixel_tile<T, W, 1>(a, scratch.reads + s, pixels, scratch.places + s);
+    TapReads<T> reads{scratch.reads, pixels, scratch.zeros};
+    for (; s + kRows <= pixels; s += kRows, reads.first += kRows)
+      narrow_pixel_tile<T, W, kRows>(a, reads, scratch.places + s);
+    for (; s < pixels; ++s, ++reads.first)
+      narrow_pixel_tile<T, W, 1>(a, reads, scratch.places + s);
   }
 }

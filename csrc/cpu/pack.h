@@ -24,17 +24,30 @@ inline void transpose(Vec<T>* rows) {
   }
 }
 
-// Elements i of `used` rows as write(i, vector), for i below `columns`.
+// Elements i of `used` rows as write(i, vector), for i from 0 to `columns`.
 template <class T, class Write>
 inline void read_columns(const T* rows, int64_t stride, int64_t used, int64_t columns,
                          Write write) {
-  constexpr int64_t L = VecOf<T>::lanes;
+  constexpr int64_t L = VecOf<T>::lanes, kHalf = L / 2, kFew = L / 4;
+  Vec<T> block[L];
   int64_t i = 0;
   for (; used == L && i + L <= columns; i += L) {
-    Vec<T> block[L];
     for (int64_t j = 0; j < L; ++j) block[j] = load<T>(rows + j * stride + i);
     transpose<T>(block);
     for (int64_t j = 0; j < L; ++j) write(i + j, block[j]);
+  }
+  const int64_t rest = columns - i;
+  if (used == L && rest > kFew && kHalf * stride + rest >= L) {
+    // Whole vectors all the same: the first half of the rows is read beyond the columns, the other
+    // half in front of them, both within the rows.
+    for (int64_t j = 0; j < L; ++j)
+      block[j] = load<T>(rows + j * stride + (j < kHalf ? i : columns - L));
+    transpose<T>(block);
+    decltype(block[0] < block[0]) halves;
+    for (int64_t k = 0; k < L; ++k) halves[k] = k < kHalf ? k : L + k;
+    for (int64_t j = 0; j < rest; ++j)
+      write(i + j, __builtin_shuffle(block[j], block[L - rest + j], halves));
+    return;
   }
   for (; i < columns; ++i) {
     Vec<T> column{};

@@ -38,26 +38,66 @@ struct Place {
   int64_t sample, element;
 };
 
+// The taps that read inside the image, a bit each; those beyond the last bit share it.
+typedef uint64_t TapBits;
+
+inline TapBits taps_inside(const int64_t* taps, int64_t count, int64_t at, int64_t size) {
+  TapBits bits = 0;
+  for (int64_t q = 0; q < count; ++q)
+    if (at + taps[q] >= 0 && at + taps[q] < size) bits |= TapBits(1) << min(q, 63);
+  return bits;
+}
+
 // Memory of one call: what is read outside the image, a chunk's places, and sums of parts.
 template <class T>
 struct DirectScratch {
   T *sums, *zeros;
-  const T** reads;  // [taps][pixels]
-  Place* places;    // [pixels]
+  const T** reads;   // [taps][pixels]
+  Place* places;     // [pixels]
+  TapBits* columns;  // of a grid's columns, whatever the row
   DirectScratch(const Direct<T>& a, int64_t pixels, char* memory)
       : sums(reinterpret_cast<T*>(memory + bytes(a, pixels, 0))),
         zeros(reinterpret_cast<T*>(memory)),
         reads(reinterpret_cast<const T**>(zeros + zeros_size(a))),
-        places(reinterpret_cast<Place*>(reads + a.taps * pixels)) {
+        places(reinterpret_cast<Place*>(reads + a.taps * pixels)),
+        columns(reinterpret_cast<TapBits*>(places + pixels)) {
     clear(a.groups * a.depth, zeros);
+    for (int64_t j = 0; j < a.cols; ++j)
+      columns[j] = taps_inside(a.tap_w, a.taps, j * a.step_w, a.in_w);
   }
   static int64_t zeros_size(const Direct<T>& a) { return skewed<T>(a.groups * a.depth); }
   static int64_t bytes(const Direct<T>& a, int64_t pixels, int64_t sums) {
     const int64_t elements = zeros_size(a) + sums, size = sizeof(T), pointer = sizeof(T*);
-    const int64_t all = elements * size + pixels * (a.taps * pointer + int64_t(sizeof(Place)));
+    const int64_t all = elements * size + pixels * (a.taps * pointer + int64_t(sizeof(Place))) +
+                        a.cols * int64_t(sizeof(TapBits));
     return (all + 63) / 64 * 64;
   }
 };
+
+// Pixels next to each other in a row of the grid, the same taps of all of them inside the image.
+struct Segment {
+  GridPixel first;
+  int64_t count;
+  TapBits inside;
+};
+
+// Cuts pixels [begin, begin + pixels) into segments.
+template <class T, class Use>
+inline void each_segment(const Direct<T>& a, int64_t begin, int64_t pixels,
+                         const DirectScratch<T>& scratch, Use use) {
+  for (int64_t s = 0; s < pixels;) {
+    GridPixel p(begin + s, a.rows, a.cols);
+    const TapBits row = taps_inside(a.tap_h, a.taps, p.i * a.step_h, a.in_h);
+    const int64_t end = min(p.j + pixels - s, a.cols);
+    while (p.j < end) {
+      int64_t j = p.j + 1;
+      while (j < end && scratch.columns[j] == scratch.columns[p.j]) ++j;
+      use(Segment{p, j - p.j, row & scratch.columns[p.j]});
+      s += j - p.j;
+      p.j = j;
+    }
+  }
+}
 
 // How many multiples of `step`, from 0 on and at most `most`, lie below `end`.
 inline int64_t steps_to(int64_t end, int64_t step, int64_t most) {
@@ -65,31 +105,67 @@ inline int64_t steps_to(int64_t end, int64_t step, int64_t most) {
 }
 
 template <class T>
-inline void find_pixels(const Direct<T>& a, int64_t begin, int64_t pixels,
-                        const DirectScratch<T>& to) {
-  for (int64_t s = 0; s < pixels;) {
-    const GridPixel p(begin + s, a.rows, a.cols);
-    const int64_t row = min(pixels - s, a.cols - p.j);
-    for (int64_t q = 0; q < a.taps; ++q) {
-      const int64_t h = p.i * a.step_h + a.tap_h[q], w = p.j * a.step_w + a.tap_w[q];
-      const T** reads = to.reads + q * pixels + s;
-      if (h < 0 || h >= a.in_h) {
-        for (int64_t k = 0; k < row; ++k) reads[k] = to.zeros;
-        continue;
-      }
-      const int64_t left = steps_to(-w, a.step_w, row), right = steps_to(a.in_w - w, a.step_w, row);
-      const T* line = a.input + (p.n * a.in_h + h) * a.in_w * a.in_stride;
-      for (int64_t k = 0; k < left; ++k) reads[k] = to.zeros;
-      for (int64_t k = left; k < right; ++k) reads[k] = line + (w + k * a.step_w) * a.in_stride;
-      for (int64_t k = right; k < row; ++k) reads[k] = to.zeros;
-    }
-    const int64_t first = (p.n * a.out_h + a.out_origin_h + p.i * a.out_step_h) * a.out_w +
-                          a.out_origin_w + p.j * a.out_step_w;
-    for (int64_t k = 0; k < row; ++k)
-      to.places[s + k] = {p.n, (first + k * a.out_step_w) * a.out_stride};
-    s += row;
+inline void find_segment(const Direct<T>& a, const Segment& segment, int64_t pixels, int64_t to,
+                         const DirectScratch<T>& scratch) {
+  const GridPixel& p = segment.first;
+  const int64_t count = segment.count;
+  for (int64_t q = 0; q < a.taps; ++q) {
+    const int64_t h = p.i * a.step_h + a.tap_h[q], w = p.j * a.step_w + a.tap_w[q];
+    const T** reads = scratch.reads + q * pixels + to;
+    const bool inside = h >= 0 && h < a.in_h;
+    const int64_t left = inside ? steps_to(-w, a.step_w, count) : count;
+    const int64_t right = inside ? steps_to(a.in_w - w, a.step_w, count) : count;
+    const T* line = a.input + (p.n * a.in_h + h) * a.in_w * a.in_stride;
+    for (int64_t k = 0; k < left; ++k) reads[k] = scratch.zeros;
+    for (int64_t k = left; k < right; ++k) reads[k] = line + (w + k * a.step_w) * a.in_stride;
+    for (int64_t k = right; k < count; ++k) reads[k] = scratch.zeros;
   }
+  const int64_t first = (p.n * a.out_h + a.out_origin_h + p.i * a.out_step_h) * a.out_w +
+                        a.out_origin_w + p.j * a.out_step_w;
+  for (int64_t k = 0; k < count; ++k)
+    scratch.places[to + k] = {p.n, (first + k * a.out_step_w) * a.out_stride};
 }
+
+// Where pixels [begin, begin + pixels) read and write. Those with the same taps inside the image
+// stand together, so that tiles can leave out the others.
+template <class T>
+inline void find_pixels(const Direct<T>& a, int64_t begin, int64_t pixels,
+                        const DirectScratch<T>& scratch) {
+  constexpr int64_t kMost = 64;  // kinds of pixels; more share the last
+  TapBits kinds[kMost];
+  int64_t counts[kMost], known = 0;
+  const auto kind_of = [&](TapBits bits) {
+    int64_t kind = 0;
+    while (kind < known && kinds[kind] != bits) ++kind;
+    if (kind == known && known < kMost) kinds[known] = bits, counts[known++] = 0;
+    return min(kind, kMost - 1);
+  };
+  each_segment(a, begin, pixels, scratch,
+               [&](const Segment& s) { counts[kind_of(s.inside)] += s.count; });
+  int64_t next[kMost];
+  for (int64_t kind = 0, at = 0; kind < known; at += counts[kind++]) next[kind] = at;
+  each_segment(a, begin, pixels, scratch, [&](const Segment& s) {
+    int64_t& to = next[kind_of(s.inside)];
+    find_segment(a, s, pixels, to, scratch);
+    to += s.count;
+  });
+}
+
+// What R pixels read under one tap after the other.
+template <class T>
+struct TapReads {
+  const T* const* first;  // of the first tap and pixel
+  int64_t pixels;         // from one tap to the next
+  const T* zeros;         // what is read outside the image
+  const T* const* at(int64_t tap) const { return first + tap * pixels; }
+  // Whether all of them read outside the image: an infinite weight is not multiplied by 0 then.
+  template <int R>
+  bool outside(int64_t tap) const {
+    for (int i = 0; i < R; ++i)
+      if (at(tap)[i] != zeros) return false;
+    return true;
+  }
+};
 
 // Neurons [first, first + used) of R pixels, whose u is given.
 template <class T, int R, int V>

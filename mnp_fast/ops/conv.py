@@ -75,7 +75,8 @@ def masked_conv2d(
     residual
         Added before the activation; the output's shape.
     stride, padding, dilation
-        One integer, or two for height and width. Padding is with zeros.
+        One integer, or two for height and width. Padding is with zeros; what an infinite or NaN
+        weight would make of them may be left out.
     groups
         Number of channel groups.
     activation
