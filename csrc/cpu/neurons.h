@@ -81,48 +81,70 @@ inline void prefetch_strip(const EpilogueGrad<T>& a, int64_t at, int64_t at_g) {
   if (a.g) __builtin_prefetch(a.g + at_g, 1);
 }
 
+// V vectors of neurons [first, first + count) of pixels [start, stop) of a sample, whose sums stay in
+// registers and are added to total[3][kStrip]. Whole: all lanes of the last vector exist.
+template <class T, int V, bool Whole>
+[[gnu::noinline]] void epilogue_grad_lanes(const EpilogueGrad<T>& given, int64_t n, int64_t start,
+                                           int64_t stop, int64_t first, int64_t count, T* total) {
+  constexpr int L = VecOf<T>::lanes;
+  const EpilogueGrad<T> a = given;  // no store can change it
+  const int64_t neurons = a.layout.neurons;
+  Vec<T> scale[V], shift[V], gain[V], sums[3][V];
+  int64_t left[V];
+  for (int v = 0; v < V; ++v) {
+    const int64_t k = first + v * L;
+    left[v] = Whole ? L : count - v * L;
+    scale[v] = load_some<T>(a.scale + k, left[v]);
+    shift[v] = load_some<T>(a.shift + k, left[v]);
+    gain[v] = load_some<T>(a.mask + n * a.mask_stride + k, left[v]) * scale[v];
+    for (int s = 0; s < 3; ++s) sums[s][v] = Vec<T>{};
+  }
+  for (int64_t pixel = n * a.layout.inner + start; pixel < n * a.layout.inner + stop; ++pixel)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      const int64_t at = pixel * neurons + first + v * L, at_g = pixel * a.g_stride + first + v * L;
+      prefetch_strip(a, at + kAhead * neurons, at_g + kAhead * a.g_stride);
+      // All loads first: one behind a store to the same place of another page would wait for it.
+      Vec<T> dz = load_some<T>(a.grad + at, left[v]);
+      const Vec<T> u = a.u ? load_some<T>(a.u + at, left[v]) : Vec<T>{};
+      if (a.y) dz = load_some<T>(a.y + at, left[v]) <= T(0) ? Vec<T>{} : dz;
+      if (a.active) dz = load_flags<T>(a.active + at, left[v]) ? dz : Vec<T>{};
+      if (a.dz) store_some<T>(a.dz + at, dz, left[v]);
+      if (a.g) store_some<T>(a.g + at_g, dz * gain[v], left[v]);
+      sums[0][v] += dz;
+      if (!a.u) continue;
+      sums[1][v] += dz * (scale[v] * u + shift[v]);
+      sums[2][v] += dz * u;
+    }
+  for (int s = 0; s < 3; ++s)
+    for (int v = 0; v < V; ++v) {
+      T* to = total + s * kStrip + v * L;
+      store<T>(to, load<T>(to) + sums[s][v]);
+    }
+}
+
 template <class T>
 void epilogue_grad_strip(const EpilogueGrad<T>& a, int64_t n, int64_t first, int64_t count) {
   constexpr int64_t L = VecOf<T>::lanes;
   const NeuronLayout& layout = a.layout;
-  const int64_t vectors = (count + L - 1) / L;
-  Vec<T> scale[kStrip / L], shift[kStrip / L], gain[kStrip / L], total[3][kStrip / L];
-  for (int64_t v = 0; v < vectors; ++v) {
-    const int64_t k = first + v * L, left = count - v * L;
-    scale[v] = load_some<T>(a.scale + k, left);
-    shift[v] = load_some<T>(a.shift + k, left);
-    gain[v] = load_some<T>(a.mask + n * a.mask_stride + k, left) * scale[v];
-    for (int s = 0; s < 3; ++s) total[s][v] = Vec<T>{};
-  }
+  alignas(64) T total[3 * kStrip] = {};
   for (int64_t start = 0; start < layout.inner; start += kPartial) {
-    Vec<T> part[3][kStrip / L];  // begun by the first pixel: clearing it shows where pixels are few
-    for (int64_t i = start; i < min(layout.inner, start + kPartial); ++i)
-      for (int64_t v = 0; v < vectors; ++v) {
-        const int64_t left = count - v * L;
-        const int64_t pixel = n * layout.inner + i, at = pixel * layout.neurons + first + v * L;
-        prefetch_strip(a, at + kAhead * layout.neurons,
-                       (pixel + kAhead) * a.g_stride + first + v * L);
-        // All loads first: one behind a store to the same place of another page would wait for it.
-        Vec<T> dz = load_some<T>(a.grad + at, left);
-        const Vec<T> u = a.u ? load_some<T>(a.u + at, left) : Vec<T>{};
-        if (a.y) dz = load_some<T>(a.y + at, left) <= T(0) ? Vec<T>{} : dz;
-        if (a.active) dz = load_flags<T>(a.active + at, left) ? dz : Vec<T>{};
-        if (a.dz) store_some<T>(a.dz + at, dz, left);
-        if (a.g) store_some<T>(a.g + pixel * a.g_stride + first + v * L, dz * gain[v], left);
-        if (!a.sums) continue;
-        const Vec<T> t = a.u ? scale[v] * u + shift[v] : Vec<T>{};
-        const Vec<T> terms[3] = {dz, dz * t, dz * u};
-        for (int s = 0; s < 3; ++s) part[s][v] = i == start ? terms[s] : part[s][v] + terms[s];
-      }
-    if (!a.sums) continue;
-    for (int s = 0; s < 3; ++s)
-      for (int64_t v = 0; v < vectors; ++v) total[s][v] += part[s][v];
+    const int64_t stop = min(layout.inner, start + kPartial);
+    for (int64_t j = 0; j < count; j += 2 * L) {
+      const int64_t left = count - j, k = first + j;
+      if (left >= 2 * L)
+        epilogue_grad_lanes<T, 2, true>(a, n, start, stop, k, left, total + j);
+      else if (left > L)
+        epilogue_grad_lanes<T, 2, false>(a, n, start, stop, k, left, total + j);
+      else if (left == L)
+        epilogue_grad_lanes<T, 1, true>(a, n, start, stop, k, left, total + j);
+      else
+        epilogue_grad_lanes<T, 1, false>(a, n, start, stop, k, left, total + j);
+    }
   }
-  if (a.sums)
-    for (int s = 0; s < 3; ++s)
-      for (int64_t v = 0; v < vectors; ++v)
-        store_some<T>(a.sums + (s * layout.batch + n) * layout.neurons + first + v * L, total[s][v],
-                      count - v * L);
+  if (!a.sums) return;
+  for (int s = 0; s < 3; ++s)
+    copy(total + s * kStrip, count, a.sums + (s * layout.batch + n) * layout.neurons + first);
 }
 
 template <class T>
