@@ -56,13 +56,14 @@ struct DensePart {
   TapReads<T> reads;
   int64_t taps, offset, depth;
   const T* panel;
-  T* sums;  // of the first pixel
+  int64_t next_panel;  // of the next group
+  T* sums;             // of the first pixel
   int64_t sums_stride;
   bool is_first, is_last;
 };
 
-// R pixels times a panel of V vectors.
-template <class T, int R, int V>
+// R pixels times a panel of V vectors, or of V groups one vector each.
+template <class T, int R, int V, bool Groups>
 [[gnu::noinline]] void dense_tile(const Direct<T>& a, const DensePart<T>& part, const Place* places,
                                   int64_t first, int64_t used) {
   constexpr int L = VecOf<T>::lanes;
@@ -72,12 +73,14 @@ template <class T, int R, int V>
   // What the next tile writes and reads, if it lies behind this one.
   if (part.is_last)
     for (int i = 0; i < R; ++i)
-      __builtin_prefetch(a.output + places[i].element + R * a.out_step_w * a.out_stride + first, 1);
+      prefetch<V * L>(a.output + places[i].element + R * a.out_step_w * a.out_stride + first, true);
   const int64_t ahead = a.step_w == 1 ? R * a.in_stride : 0;
+  constexpr int64_t step = Groups ? L : V * L;
+  const int64_t next_panel = Groups ? part.next_panel : L, next_read = Groups ? a.depth : 0;
   const T* panel = part.panel;
   for (int64_t q = 0; q < part.taps; ++q) {
     if (part.reads.template outside<R>(q)) {
-      panel += part.depth * V * L;
+      panel += part.depth * step;
       continue;
     }
     const T* rows[R];
@@ -85,11 +88,11 @@ template <class T, int R, int V>
 #pragma GCC unroll 4
     for (int64_t d = 0; d < part.depth; ++d) {
       Vec<T> b[V];
-      for (int v = 0; v < V; ++v) b[v] = load<T>(panel + v * L);
+      for (int v = 0; v < V; ++v) b[v] = load<T>(panel + v * next_panel);
       __builtin_prefetch(rows[0] + ahead + d * R);
-      panel += V * L;
+      panel += step;
       for (int i = 0; i < R; ++i)
-        for (int v = 0; v < V; ++v) acc[i][v] += b[v] * rows[i][d];
+        for (int v = 0; v < V; ++v) acc[i][v] += b[v] * rows[i][d + v * next_read];
     }
   }
   // Sums of parts have smaller rounding errors than one long sum.
@@ -103,14 +106,14 @@ template <class T, int R, int V>
     for (int v = 0; v < V; ++v) store<T>(sums + i * stride + v * L, acc[i][v]);
 }
 
-template <class T, int V, int R = kPointerRows>
+template <class T, int V, bool Groups, int R = kPointerRows>
 inline void dense_rows(int64_t count, const Direct<T>& a, const DensePart<T>& part,
                        const Place* places, int64_t first, int64_t used) {
   if constexpr (R > 0) {
     if (count == R)
-      dense_tile<T, R, V>(a, part, places, first, used);
+      dense_tile<T, R, V, Groups>(a, part, places, first, used);
     else
-      dense_rows<T, V, R - 1>(count, a, part, places, first, used);
+      dense_rows<T, V, Groups, R - 1>(count, a, part, places, first, used);
   }
 }
 
@@ -131,7 +134,10 @@ void dense(const Direct<T>& a, int64_t begin, int64_t end, char* memory) {
   for (int64_t chunk = begin; chunk < end; chunk += cut.pixels) {
     const int64_t pixels = min(cut.pixels, end - chunk);
     find_pixels(a, chunk, pixels, scratch);
-    for (int64_t group = 0; group < a.groups; ++group) {
+    for (int64_t group = 0, next; group < a.groups; group = next) {
+      // Groups of one vector go in pairs: alone they have too few sums to hide the latency.
+      const bool pair = a.width == VecOf<T>::lanes && cut.parts == 1 && group + 1 < a.groups;
+      next = group + 1 + pair;
       const T* panels = a.panels + group * shape.padded() * total;
       for (int64_t index = 0, q = 0, d = 0; index < cut.parts; ++index) {
         DensePart<T> part{};
@@ -139,26 +145,29 @@ void dense(const Direct<T>& a, int64_t begin, int64_t end, char* memory) {
         const T* const* const reads = part.reads.first;
         part.taps = min(cut.taps, a.taps - q), part.depth = min(cut.depth, a.depth - d);
         part.offset = group * a.depth + d;
+        part.next_panel = shape.padded() * total;
         part.sums_stride = sums_stride;
         part.is_first = index == 0, part.is_last = index + 1 == cut.parts;
         for (int64_t begin = 0; begin < pixels; begin += cut.block) {
           const int64_t count = min(cut.block, pixels - begin),
                         tiles = (count + kPointerRows - 1) / kPointerRows;
           for (int64_t p = 0; p < shape.count(); ++p) {
-            const int64_t lanes = shape.lanes(p), used = shape.used(p);
+            const int64_t lanes = shape.lanes(p), used = pair ? W : shape.used(p);
             const int64_t first = group * a.width + p * W;
             part.panel = panels + p * W * total + (q * a.depth + d) * lanes;
             // Tiles of nearly equal height: a short last one could not hide the latency.
             for (int64_t t = 0, s = begin; t < tiles; ++t) {
-              const int64_t next = begin + (t + 1) * count / tiles;
+              const int64_t stop = begin + (t + 1) * count / tiles;
               part.reads.first = reads + s;
               part.sums = scratch.sums + s * sums_stride + p * W;
               const Place* places = scratch.places + s;
-              if (lanes == W)
-                dense_rows<T, 2>(next - s, a, part, places, first, used);
+              if (pair)
+                dense_rows<T, 2, true>(stop - s, a, part, places, first, used);
+              else if (lanes == W)
+                dense_rows<T, 2, false>(stop - s, a, part, places, first, used);
               else
-                dense_rows<T, 1>(next - s, a, part, places, first, used);
-              s = next;
+                dense_rows<T, 1, false>(stop - s, a, part, places, first, used);
+              s = stop;
             }
           }
         }

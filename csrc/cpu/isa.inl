@@ -42,6 +42,13 @@ inline void store_some(T* p, Vec<T> v, int64_t count) {
   for (int64_t j = 0; j < count; ++j) p[j] = v[j];
 }
 
+// Asks for all lines of `Count` elements, to write them or to read them.
+template <int Count, class T>
+inline void prefetch(const T* p, bool write) {
+  for (int i = 0; i < Count; i += 64 / int(sizeof(T)))
+    write ? __builtin_prefetch(p + i, 1) : __builtin_prefetch(p + i);
+}
+
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 // NaN goes through, as in torch.
 template <class T>

@@ -45,8 +45,8 @@ template <class T, int W, int R, int V, bool Whole>
   // What the next tile writes, and what it is first to read, if it lies behind this one.
   const int64_t written = R * a.out_step_w * a.groups * W, read = R * a.step_w * a.in_stride;
   for (int i = 0; i < R; ++i) {
-    __builtin_prefetch(a.output + places[i].element + written + first, 1);
-    if (a.taps > 0) __builtin_prefetch(reads.at(a.taps - 1)[i] + read + first);
+    prefetch<V * L>(a.output + places[i].element + written + first, true);
+    if (a.taps > 0) prefetch<V * L>(reads.at(a.taps - 1)[i] + read + first, false);
   }
   const T* panel = a.panels + first * a.taps * W;
   const int64_t next = a.taps * W * L;
