@@ -4,6 +4,10 @@
 // set.
 #include "kernels.h"
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace mnp::cpu {
 namespace {
 
@@ -27,19 +31,41 @@ inline void store(T* p, typename VecOf<T>::type v) {
   *reinterpret_cast<typename VecOf<T>::unaligned*>(p) = v;
 }
 
-// The first `count` elements, if there are fewer than lanes.
+#if defined(__AVX512F__) && MNP_VEC_BYTES == 64
+// Reads and writes only the first `count` elements, if there are fewer than lanes.
+inline Vec<float> load_masked(const float* p, int64_t count) {
+  return (Vec<float>)_mm512_maskz_loadu_ps((1u << count) - 1, p);
+}
+inline Vec<double> load_masked(const double* p, int64_t count) {
+  return (Vec<double>)_mm512_maskz_loadu_pd((1u << count) - 1, p);
+}
+inline void store_masked(float* p, Vec<float> v, int64_t count) {
+  _mm512_mask_storeu_ps(p, (1u << count) - 1, (__m512)v);
+}
+inline void store_masked(double* p, Vec<double> v, int64_t count) {
+  _mm512_mask_storeu_pd(p, (1u << count) - 1, (__m512d)v);
+}
+#else
 template <class T>
-inline Vec<T> load_some(const T* p, int64_t count) {
-  if (count >= VecOf<T>::lanes) return load<T>(p);
+inline Vec<T> load_masked(const T* p, int64_t count) {
   Vec<T> v{};
   for (int64_t j = 0; j < count; ++j) v[j] = p[j];
   return v;
 }
+template <class T>
+inline void store_masked(T* p, Vec<T> v, int64_t count) {
+  for (int64_t j = 0; j < count; ++j) p[j] = v[j];
+}
+#endif
 
+// The first `count` elements, or a whole vector where there are more.
+template <class T>
+inline Vec<T> load_some(const T* p, int64_t count) {
+  return count >= VecOf<T>::lanes ? load<T>(p) : load_masked(p, count);
+}
 template <class T>
 inline void store_some(T* p, Vec<T> v, int64_t count) {
-  if (count >= VecOf<T>::lanes) return store<T>(p, v);
-  for (int64_t j = 0; j < count; ++j) p[j] = v[j];
+  count >= VecOf<T>::lanes ? store<T>(p, v) : store_masked(p, v, count);
 }
 
 // Asks for all lines of `Count` elements, to write them or to read them.
