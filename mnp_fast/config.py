@@ -68,6 +68,11 @@ class DefenseConfig:
         The suspect class is conspicuous if its distance is at most this, in [0, 1]: the size of
         its offset over the median of the other suspects', less a quarter of the softmax that
         suppressed weights give it.
+    suppressions_again, conspicuous_again
+        Where no class is conspicuous but one is nearly so: so many suppressions more tell better
+        what they favour, and that softmax counts whole. The nearest class is conspicuous if its
+        distance is at most this then, in [-1, 1]. Without more suppressions there is no second
+        look.
     untargeted
         Where no class is conspicuous: an offset that leads away from all classes is, if its
         distance is at most this, in [0, 1]: its size over the median of the suspects', less half
@@ -115,6 +120,8 @@ class DefenseConfig:
     max_drop: float = 3.0
     unsure_drop: float = 0.0
     conspicuous: float = 0.72
+    suppressions_again: int = 8
+    conspicuous_again: float = 0.42
     untargeted: float = 0.7
     repair_alpha: float = 0.9
     repair_epochs: int = 20
@@ -171,6 +178,8 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "max_drop": (0.0, 100.0, "between 0 and 100 points"),
     "unsure_drop": (0.0, 100.0, "between 0 and 100 points"),
     "conspicuous": (0.0, 1.0, "between 0 and 1"),
+    "suppressions_again": (0, _BIG, "at least 0"),
+    "conspicuous_again": (-1.0, 1.0, "between -1 and 1"),
     "untargeted": (0.0, 1.0, "between 0 and 1"),
     "repair_alpha": (0.0, 1.0, "between 0 and 1"),
     "repair_epochs": (0, _BIG, "at least 0"),

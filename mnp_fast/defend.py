@@ -27,7 +27,14 @@ from .result import CutPoint, DefenseResult, EpochRecord, LayerNeurons, PrunedNe
 from .selection import admissible, affordable, choose, cut_points, prune, pruning_order
 from .stats import magnitudes, saliency
 from .suppression import favour, favoured_classes, parts, suppress
-from .suspects import can_tell, distances, is_conspicuous, is_untargeted
+from .suspects import (
+    can_tell,
+    conspicuous_again,
+    distances,
+    is_conspicuous,
+    is_doubtful,
+    is_untargeted,
+)
 from .wrap import masks, unwrap, wrap
 
 if TYPE_CHECKING:
@@ -154,19 +161,17 @@ class _Defense:
 
     def run(self) -> DefenseResult:
         with self.progress, frozen_weights(self.masked):
-            suppressed = self._suppress()
-            exposure = self._expose(suppressed)
+            exposure = self._expose()
             self._fit(exposure)
             return self._select(exposure)
 
-    def _suppress(self) -> nn.Module:
-        """The model after the last suppression; what they favour makes classes suspect."""
+    def _suppress(self, runs: int) -> dict[int, float]:
+        """Suppress until there are so many runs; what these favour, by class, most first."""
         state, config = self.state, self.config
-        runs = config.suppressions if config.exposure == "offset" else 1
         clean_sets = parts(self.data, runs, config.seed)
-        suppressed = self._resumed_suppression()
         with self._task("Suppressing", len(clean_sets), len(state.runs)) as advance:
             for part in clean_sets[len(state.runs) :]:
+                suppressed = self._suppressed()
                 start = time.perf_counter()
                 for accuracy, loss in suppress(suppressed, part, config, state.epochs["suppress"]):
                     state.suppressed = {
@@ -176,17 +181,14 @@ class _Defense:
                     self._record("suppress", -loss, accuracy, start)
                     start = time.perf_counter()
                 state.runs.append(favour(suppressed, self.data))
-                if len(state.runs) < len(clean_sets):
+                if config.exposure == "offset":
                     state.suppressed, state.epochs["suppress"] = {}, 0
-                    suppressed = self._resumed_suppression()
                 self._save()
                 advance()
-        favours = favoured_classes(state.runs)
-        state.favours = dict(list(favours.items())[: config.suspects])
-        return suppressed
+        return favoured_classes(state.runs[:runs])
 
-    def _resumed_suppression(self) -> nn.Module:
-        """A copy of the model to suppress, as far as a suppression has come."""
+    def _suppressed(self) -> nn.Module:
+        """A copy of the model, as far as its suppression has come."""
         suppressed = copy.deepcopy(self.model).eval()
         for parameter in suppressed.parameters():
             parameter.requires_grad_(True)
@@ -194,12 +196,15 @@ class _Defense:
             suppressed.load_state_dict(self.state.suppressed, strict=False)
         return suppressed
 
-    def _expose(self, suppressed: nn.Module) -> OffsetExposure | WeightExposure:
-        """The exposure of the nearest suspect class, or of all classes where that is suspect."""
+    def _expose(self) -> OffsetExposure | WeightExposure:
+        """The exposure of the class that suppression and offsets make suspect, or of all."""
         state, config = self.state, self.config
         if config.exposure == "weights":
-            state.target = next(iter(state.favours))
+            state.target = next(iter(self._suppress(1)))
+            suppressed = self._suppressed()
             return WeightExposure(self.masked, suppressed, self.data, state.target, config)
+        favours = self._suppress(config.suppressions)
+        state.favours = dict(list(favours.items())[: config.suspects])
         suspects: list[int | None] = [*state.favours, None]
         with self._task("Exposing", len(suspects), state.epochs["expose"]) as advance:
             for suspect in suspects[state.epochs["expose"] :]:
@@ -221,8 +226,10 @@ class _Defense:
         state, config = self.state, self.config
         found = distances(state.offset_sizes, state.favours)
         state.target = min(found, key=found.__getitem__)
-        state.exposure = state.offsets[state.target]
         state.conspicuous = is_conspicuous(state.offset_sizes, state.favours, config)
+        if not state.conspicuous:
+            self._look_again()
+        state.exposure = state.offsets[state.target]
         state.offsets = {}
         if state.conspicuous or not config.untargeted:
             return
@@ -232,6 +239,18 @@ class _Defense:
             state.untargeted_size, state.untargeted_spread, state.offset_sizes, config
         ):
             state.target, state.exposure, state.conspicuous = None, exposure.state(), True
+
+    def _look_again(self) -> None:
+        """Suppress more where that might make a class conspicuous."""
+        state, config = self.state, self.config
+        more = config.suppressions_again
+        if not more or not is_doubtful(state.offset_sizes, state.favours, config):
+            return
+        favours = self._suppress(config.suppressions + more)
+        state.favours = {label: favours[label] for label in state.offset_sizes}
+        nearest = conspicuous_again(state.offset_sizes, state.favours, config)
+        if nearest is not None:
+            state.target, state.conspicuous = nearest, True
 
     def _fit(self, exposure: OffsetExposure | WeightExposure) -> None:
         state = self.state

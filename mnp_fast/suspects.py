@@ -14,22 +14,27 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .config import DefenseConfig
 
-FAVOUR = 0.25  # of the median size: what an offset counts less if suppressed weights give all to it
+# What an offset counts less, of the median size, if suppressed weights give all to its class: by
+# few suppressions, and by more of them.
+FAVOUR, FAVOUR_AGAIN = 0.25, 1.0
+DOUBT = 0.12  # beyond `conspicuous_again`, within which it is worth to suppress again
 SPREAD = 0.5  # what an offset counts less if it sends images to all classes alike
 RIVALS = 4  # other suspects without which a size says nothing
 
 
-def distances(sizes: Mapping[int, float], favours: Mapping[int, float]) -> dict[int, float]:
+def distances(
+    sizes: Mapping[int, float], favours: Mapping[int, float], weight: float = FAVOUR
+) -> dict[int, float]:
     """How far each suspect class is, small for an attacker's.
 
-    The size of its offset over the median of the others', minus `FAVOUR` times the softmax, in
+    The size of its offset over the median of the others', minus `weight` times the softmax, in
     [0, 1], that suppressed weights give it. Infinite where no offset was found.
     """
     found = {}
     for label, size in sizes.items():
         others = [other for rival, other in sizes.items() if rival != label]
         relative = size / statistics.median(others) if others and math.isfinite(size) else size
-        found[label] = relative - FAVOUR * favours[label]
+        found[label] = relative - weight * favours[label]
     return found
 
 
@@ -43,6 +48,23 @@ def is_conspicuous(
 ) -> bool:
     """Whether the nearest class is so near, beside at least `RIVALS` others, that one suspects."""
     return can_tell(sizes) and min(distances(sizes, favours).values()) <= config.conspicuous
+
+
+def is_doubtful(
+    sizes: Mapping[int, float], favours: Mapping[int, float], config: DefenseConfig
+) -> bool:
+    """Whether more suppressions might make a suspect conspicuous that is not."""
+    limit = config.conspicuous_again + DOUBT
+    return can_tell(sizes) and min(distances(sizes, favours, FAVOUR_AGAIN).values()) <= limit
+
+
+def conspicuous_again(
+    sizes: Mapping[int, float], favours: Mapping[int, float], config: DefenseConfig
+) -> int | None:
+    """The class that is conspicuous by what more suppressions favour, if there is one."""
+    found = distances(sizes, favours, FAVOUR_AGAIN)
+    nearest = min(found, key=found.__getitem__)
+    return nearest if found[nearest] <= config.conspicuous_again else None
 
 
 def is_untargeted(

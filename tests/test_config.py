@@ -31,6 +31,8 @@ RANGES = {
     "few": ([1, 10**9], [0, -1], "at least 1"),
     "conspicuous": ([0.0, 1.0], [-0.1, 1.1], "between 0 and 1"),
     "suppressions": ([1, 10], [0], "at least 1"),
+    "suppressions_again": ([0, 8], [-1], "at least 0"),
+    "conspicuous_again": ([-1.0, 1.0], [-1.1, 1.1], "between -1 and 1"),
     "untargeted": ([0.0, 1.0], [-0.1, 1.1], "between 0 and 1"),
     "repair_alpha": ([0.0, 1.0], [-0.1, 1.1], "between 0 and 1"),
     "repair_epochs": ([0, 10**9], [-1], "at least 0"),

@@ -112,11 +112,51 @@ def test_what_a_cut_leaves_is_repaired_if_the_suspect_is_conspicuous():
     assert result.summary()["repaired"]["accuracy"] == result.repaired.accuracy
 
 
+def suppressed_runs(result):
+    return sum(r.phase == "suppress" and r.accuracy <= 60 for r in result.history)
+
+
+# Nothing is conspicuous.
+NEVER = {"conspicuous": 0.0, "untargeted": 0.0, "suppressions_again": 0}
+AGAIN = {**NEVER, "suppressions_again": 3, "conspicuous_again": 1.0}  # but at the second look
+
+
+@pytest.mark.usefixtures("no_cut_will_do")
+@pytest.mark.parametrize(
+    ("settings", "runs", "conspicuous"),
+    [
+        ({**AGAIN, "conspicuous": 1.0}, 2, True),
+        (AGAIN, 5, True),
+        ({**AGAIN, "conspicuous_again": -0.5}, 5, False),
+        ({**AGAIN, "conspicuous_again": -1.0}, 2, False),  # not even doubtful
+        (NEVER, 2, False),
+    ],
+)
+def test_a_doubtful_suspect_is_looked_at_again(settings, runs, conspicuous, monkeypatch):
+    monkeypatch.setattr("mnp_fast.suspects.DOUBT", 0.7)
+    result = defend(backdoored(), DATA, small(**REPAIRED, **settings, repair_epochs=1))
+    assert result.conspicuous == conspicuous
+    assert suppressed_runs(result) == runs
+
+
+@pytest.mark.usefixtures("no_cut_will_do")
+def test_a_second_look_goes_on_after_an_interruption(monkeypatch, tmp_path):
+    config = small(**REPAIRED, **AGAIN, repair_epochs=1)
+    expected = defend(backdoored(), DATA, config)
+    with monkeypatch.context() as patch:
+        interrupted(patch, module, "favour", 4, False)
+        with pytest.raises(KeyboardInterrupt):
+            defend(backdoored(), DATA, config, checkpoint=tmp_path / "c.pt")
+    found = defend(backdoored(), DATA, config, checkpoint=tmp_path / "c.pt")
+    assert suppressed_runs(expected) == 5
+    assert outcome(found) == outcome(expected)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         {"repair_epochs": 0},
-        {"conspicuous": 0.0, "untargeted": 0.0},
+        NEVER,
         {"repair_lr": 10.0, "max_drop": 1.0},  # it ruins the network
     ],
 )
@@ -149,8 +189,7 @@ def test_a_cut_is_to_cost_less_where_a_suspect_could_be_conspicuous(rivals, limi
     given = []
     monkeypatch.setattr("mnp_fast.suspects.RIVALS", rivals)
     monkeypatch.setattr(module, "choose", lambda curve, *rest: given.append(rest[-1]) or curve[0])
-    inconspicuous = {"offset_steps": 40, "conspicuous": 0.0, "untargeted": 0.0}
-    config = small(**inconspicuous, max_drop=7.0, unsure_drop=2.0)
+    config = small(**NEVER, offset_steps=40, max_drop=7.0, unsure_drop=2.0)
     defend(backdoored().eval(), DATA, config)
     assert given == [getattr(config, limit)]
 
@@ -170,7 +209,7 @@ def test_a_repair_that_costs_too_much_leaves_the_cut(monkeypatch):
 
 @pytest.mark.usefixtures("no_cut_will_do")
 def test_an_offset_away_from_all_classes_is_the_last_suspect():
-    settings = {**REPAIRED, "conspicuous": 0.0, "untargeted": 1.0, "repair_epochs": 2}
+    settings = {**REPAIRED, **NEVER, "untargeted": 1.0, "repair_epochs": 2}
     result = defend(backdoored().eval(), DATA, small(**settings))
     sizes = sorted(result.offset_sizes.values())
     assert 0 < result.untargeted_size <= (sizes[1] + sizes[2]) / 2

@@ -3,7 +3,13 @@ import math
 import pytest
 
 from mnp_fast import DefenseConfig
-from mnp_fast.suspects import distances, is_conspicuous, is_untargeted
+from mnp_fast.suspects import (
+    conspicuous_again,
+    distances,
+    is_conspicuous,
+    is_doubtful,
+    is_untargeted,
+)
 
 NONE = dict.fromkeys(range(6), 0.0)
 
@@ -46,6 +52,23 @@ def test_suppression_decides_between_offsets_of_like_size():
 def test_conspicuous(sizes, favour, expected):
     config = DefenseConfig(conspicuous=0.6)
     assert is_conspicuous(sizes_of(*sizes), {**NONE, 0: favour}, config) == expected
+
+
+@pytest.mark.parametrize(
+    ("sizes", "favour", "doubtful", "found"),
+    [
+        ([1, 1, 1, 1, 0.9], 0.5, True, 0),
+        ([1, 1, 1, 1, 0.9], 0.49, True, None),
+        ([1, 1, 1, 1, 0.9], 0.37, False, None),
+        ([1, 1, 1, 1, 0.5], 0.0, True, 4),
+        ([1, 1, 1, 0.5], 0.0, False, 3),  # too few others
+    ],
+)
+def test_favours_count_whole_at_a_second_look(sizes, favour, doubtful, found):
+    config = DefenseConfig(conspicuous_again=0.5)
+    favours = {**NONE, 0: favour}
+    assert is_doubtful(sizes_of(*sizes), favours, config) == doubtful
+    assert conspicuous_again(sizes_of(*sizes), favours, config) == found
 
 
 @pytest.mark.parametrize(
