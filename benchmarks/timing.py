@@ -150,7 +150,7 @@ def measure(
             row.values.append(value)
     for _ in range(min(rounds, HEAVY_ROUNDS) - 1 if case.heavy else rounds):
         for name, function in case.functions.items():
-            if not case.heavy:
+            if not case.heavy and case.reading is None:
                 warm_up(function)
             rows[name].values.append(call(function)[1])
     _compare(case, list(rows.values()), peaks)
