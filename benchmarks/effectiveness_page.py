@@ -41,9 +41,9 @@ the standard deviation where there are several.
   `mnp` with these in place of the defaults.
 - **Seeds 0 and 1 are not held back**: `few`, `conspicuous`, `untargeted` and the repair of `mnp`
   were set after a look at what it did to models of these seeds; `unsure_drop` after the clean model
-  of seed 2; the second look at doubtful suspects after the WaNet model of seed 0 and width 16, which
-  `conspicuous_again` just takes in. Where there are other seeds than 0 and 1, a table of its own is
-  of them alone. Other networks and sizes than ResNet-18 on 16×16 had no part in any of this.
+  of seed 2; the second look at doubtful suspects after the WaNet model of seed 0 and width 16,
+  which `conspicuous_again` just takes in. Where there are other seeds than 0 and 1, a table of its
+  own is of them alone. Other networks and sizes than ResNet-18 on 16×16 had no part in any of this.
 """
 LOOKED_AT = (0, 1)  # seeds of models on which settings were chosen
 
