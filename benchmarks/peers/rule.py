@@ -50,7 +50,7 @@ class _Ranked(_Defense):
 def _searched(model: nn.Module, images: Tensor, labels: Tensor, config: DefenseConfig) -> _State:
     """The search for suspects and offsets, which no peer has a part in: once for all of them."""
     defense = _Defense(model, clean_set((images, labels)), config, None, None)
-    defense._expose(defense._suppress())
+    defense._expose()
     return defense.state
 
 
