@@ -29,8 +29,8 @@ attack success rate (ASR) in percent, on 500 held-back images; the number of neu
 whether the rest was repaired; the class the defense suspects. `none` is a model without a backdoor.
 Defaults were chosen on seeds 10 to 16, with exceptions that networks of seeds 0 and 1 led to:
 `max_pruned` and `few`, `max_exposed`, `max_drop` with its standard error, `conspicuous`,
-`untargeted`, `unsure_drop` and the repair. Seconds with one thread; the networks depend on their
-number as well. Printed by `python -m benchmarks.demo_results`.
+`untargeted`, `unsure_drop`, the repair and the second look. Seconds with one thread; the networks
+depend on their number as well. Printed by `python -m benchmarks.demo_results`.
 
 | attack | seed | ACC before | ACC after | ASR before | ASR after | pruned | suspect | defense (s) |
 |---|---|---|---|---|---|---|---|---|
