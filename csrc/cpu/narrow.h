@@ -73,8 +73,7 @@ inline void narrow_pixel_tile(const Direct<T>& a, const TapReads<T>& reads, cons
   constexpr int64_t L = VecOf<T>::lanes;
   const int64_t channels = a.groups * W;
   int64_t c = 0;
-  for (; c + 2 * L <= channels; c += 2 * L)
-    narrow_tile<T, W, R, 2, true>(a, reads, places, c, L);
+  for (; c + 2 * L <= channels; c += 2 * L) narrow_tile<T, W, R, 2, true>(a, reads, places, c, L);
   for (; c < channels; c += L)
     narrow_tile<T, W, R, 1, false>(a, reads, places, c, min(L, channels - c));
 }
@@ -104,7 +103,6 @@ void narrow(const Direct<T>& a, int64_t begin, int64_t end, char* memory) {
     TapReads<T> reads{scratch.reads, pixels, scratch.zeros};
     for (; s + kRows <= pixels; s += kRows, reads.first += kRows)
       narrow_pixel_tile<T, W, kRows>(a, reads, scratch.places + s);
-    for (; s < pixels; ++s, ++reads.first)
-      narrow_pixel_tile<T, W, 1>(a, reads, scratch.places + s);
+    for (; s < pixels; ++s, ++reads.first) narrow_pixel_tile<T, W, 1>(a, reads, scratch.places + s);
   }
 }

@@ -81,8 +81,8 @@ inline void prefetch_strip(const EpilogueGrad<T>& a, int64_t at, int64_t at_g) {
   if (a.g) __builtin_prefetch(a.g + at_g, 1);
 }
 
-// V vectors of neurons [first, first + count) of pixels [start, stop) of a sample, whose sums stay in
-// registers and are added to total[3][kStrip]. Whole: all lanes of the last vector exist.
+// V vectors of neurons [first, first + count) of pixels [start, stop) of a sample. Their sums stay
+// in registers and are added to total[3][kStrip]. Whole: all lanes of the last vector exist.
 template <class T, int V, bool Whole>
 [[gnu::noinline]] void epilogue_grad_lanes(const EpilogueGrad<T>& given, int64_t n, int64_t start,
                                            int64_t stop, int64_t first, int64_t count, T* total) {

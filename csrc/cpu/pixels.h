@@ -115,9 +115,10 @@ inline void find_segment(const Direct<T>& a, const Segment& segment, int64_t pix
     const bool inside = h >= 0 && h < a.in_h;
     const int64_t left = inside ? steps_to(-w, a.step_w, count) : count;
     const int64_t right = inside ? steps_to(a.in_w - w, a.step_w, count) : count;
-    const T* line = a.input + (p.n * a.in_h + h) * a.in_w * a.in_stride;
+    const int64_t pixel = (p.n * a.in_h + h) * a.in_w + w;
     for (int64_t k = 0; k < left; ++k) reads[k] = scratch.zeros;
-    for (int64_t k = left; k < right; ++k) reads[k] = line + (w + k * a.step_w) * a.in_stride;
+    for (int64_t k = left; k < right; ++k)
+      reads[k] = a.input + (pixel + k * a.step_w) * a.in_stride;
     for (int64_t k = right; k < count; ++k) reads[k] = scratch.zeros;
   }
   const int64_t first = (p.n * a.out_h + a.out_origin_h + p.i * a.out_step_h) * a.out_w +

@@ -58,7 +58,8 @@ CONVS = {
     "groups of 4 to 8": Conv(2, 12, 6, 5, 24, groups=3),
     "groups of 16": Conv(2, 48, 5, 4, 48, groups=3),
     "groups of 8, 4 in": Conv(1, 12, 6, 5, 24, groups=3),
-    "mostly padding": Conv(3, 5, 3, 2, 18, kernel=(5, 5), padding=(2, 2)),
+    "mostly padding": Conv(3, 17, 3, 2, 18, kernel=(5, 5), padding=(2, 2)),
+    "81 kinds of pixels": Conv(1, 16, 9, 9, 3, kernel=(9, 9), padding=(4, 4)),
     "one pixel": Conv(4, 5, 1, 1, 3, kernel=(1, 1), padding=(0, 0)),
     "no samples": Conv(0, 3, 5, 5, 4),
 }
