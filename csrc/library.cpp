@@ -19,16 +19,11 @@ STABLE_TORCH_LIBRARY(mnp_fast, m) {
       "int groups, bool need_x, bool need_weight, bool need_residual, bool need_sums, "
       "str algorithm=\"auto\") -> (Tensor x, Tensor weight, Tensor residual, Tensor sums)");
   m.def(
-      "conv2d_forward(Tensor x, Tensor weight, Tensor? mask, Tensor? scale, Tensor? shift, "
-      "Tensor? bias, Tensor? residual, int[2] stride, int[2] padding, int[2] dilation, int groups, "
-      "str activation, bool keep_u, bool keep_active, str algorithm) "
-      "-> (Tensor y, Tensor u, Tensor active)");
+      "region_forward(Tensor[] inputs, Tensor[] parts, int[] plan, float[] eps, "
+      "str[] algorithms, int[] outputs, int[] needed) -> Tensor[]");
   m.def(
-      "conv2d_backward(Tensor grad, Tensor? x, int[4] x_size, Tensor weight, Tensor? y, "
-      "Tensor? active, Tensor? u, Tensor? mask, Tensor? scale, Tensor? shift, int[2] stride, "
-      "int[2] padding, int[2] dilation, int groups, bool need_x, bool need_weight, "
-      "bool need_residual, bool need_sums, str algorithm, Tensor? add) "
-      "-> (Tensor x, Tensor weight, Tensor residual, Tensor sums)");
+      "region_backward(Tensor?[] grads, Tensor[] kept, Tensor[] parts, int[] plan, float[] eps, "
+      "str[] algorithms, int[] outputs, int[] needed, int[] sizes) -> Tensor[]");
   m.def(
       "masked_affine(Tensor x, Tensor? mask, Tensor? scale, Tensor? shift, Tensor? bias, "
       "Tensor? residual, str activation) -> Tensor");
@@ -45,8 +40,8 @@ STABLE_TORCH_LIBRARY(mnp_fast, m) {
 STABLE_TORCH_LIBRARY_IMPL(mnp_fast, CPU, m) {
   m.impl("masked_conv2d", TORCH_BOX(&mnp::ops::masked_conv2d));
   m.impl("masked_conv2d_backward", TORCH_BOX(&mnp::ops::masked_conv2d_backward));
-  m.impl("conv2d_forward", TORCH_BOX(&mnp::ops::conv2d_forward));
-  m.impl("conv2d_backward", TORCH_BOX(&mnp::ops::conv2d_backward));
+  m.impl("region_forward", TORCH_BOX(&mnp::ops::region_forward));
+  m.impl("region_backward", TORCH_BOX(&mnp::ops::region_backward));
   m.impl("masked_affine", TORCH_BOX(&mnp::ops::masked_affine));
   m.impl("masked_affine_backward", TORCH_BOX(&mnp::ops::masked_affine_backward));
   m.impl("neuron_magnitude", TORCH_BOX(&mnp::ops::neuron_magnitude));

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from types import CodeType, MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -29,7 +29,7 @@ from .layers import (
 from .ops import masked_affine, masked_conv2d
 from .ops._common import in_transform
 from .ops.conv import allows, output_size
-from .region import Step, can_run, run
+from .region import Region, Step
 
 _CONVS = (nn.Conv2d, MaskedConv2d)
 _NORMS = (nn.BatchNorm2d, MaskedBatchNorm2d, nn.SyncBatchNorm, MaskedSyncBatchNorm)
@@ -126,8 +126,8 @@ class FusedForward:
                 tuple(str(part.target) for part in node.args[:2] if isinstance(part, fx.Node))
                 for node in blocks
             ]
-            _group(graph, dict(self.root.named_modules()))
             self._graph = fx.GraphModule(self.root, graph)
+            _group(self._graph, dict(self.root.named_modules()))
             self._seen = self._identities(modules)
         return self._graph
 
@@ -235,18 +235,16 @@ def run_block(
     return F.relu(y) if relu else y
 
 
-def run_region(
-    steps: list[tuple[Any, ...]], inputs: list[Any], outputs: list[int]
-) -> tuple[Tensor, ...]:
-    """Several blocks, each with its arguments of `run_block`: images as numbers of values."""
-    blocks = [Step(*step) for step in steps]
-    if can_run(blocks, inputs):
-        return run(blocks, inputs, outputs)
+def run_region(region: Region, inputs: list[Any]) -> tuple[Tensor, ...]:
+    """Several blocks, as one operator where that computes the same."""
+    plan = region.plan(inputs)
+    if plan is not None:
+        return plan.run(inputs)
     values = list(inputs)
-    for conv, norm, x, residual, relu, algorithm in blocks:
+    for conv, norm, x, residual, relu, algorithm in region.steps:
         other = None if residual is None else values[residual]
         values.append(run_block(conv, norm, values[x], other, relu, algorithm))
-    return tuple(values[number] for number in outputs)
+    return tuple(values[number] for number in region.outputs)
 
 
 def _fits(residual: Any, x: Tensor, shape: tuple[int, ...]) -> bool:
@@ -353,15 +351,19 @@ def _replace(graph: fx.Graph, block: _Block, modules: dict[str, nn.Module], algo
         graph.erase_node(node)
 
 
-def _group(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+def _group(model: fx.GraphModule, modules: dict[str, nn.Module]) -> None:
     """Replace blocks that follow each other by one call of `run_region`."""
     region: list[fx.Node] = []
-    for node in list(graph.nodes):
+    for node in list(model.graph.nodes):
         if node.target is run_block and _can_join(node, modules):
             region.append(node)
         elif node.op != "get_attr" and region:
-            _replace_region(graph, region)
+            _replace_region(model, region, modules)
             region = []
+    for node in list(model.graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            model.graph.erase_node(node)
+    model.recompile()
 
 
 def _can_join(block: fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -376,7 +378,9 @@ def _can_join(block: fx.Node, modules: dict[str, nn.Module]) -> bool:
     )
 
 
-def _replace_region(graph: fx.Graph, blocks: list[fx.Node]) -> None:
+def _replace_region(
+    model: fx.GraphModule, blocks: list[fx.Node], modules: dict[str, nn.Module]
+) -> None:
     inside = set(blocks)
     inputs = dict.fromkeys(
         part
@@ -385,24 +389,30 @@ def _replace_region(graph: fx.Graph, blocks: list[fx.Node]) -> None:
         if isinstance(part, fx.Node) and part not in inside
     )
     number = {node: i for i, node in enumerate((*inputs, *blocks))}
-    steps = [
-        (
-            *block.args[:2],
-            *(None if part is None else number[part] for part in block.args[2:4]),  # type: ignore[index]
-            *block.args[4:],
+
+    def step(block: fx.Node) -> Step:
+        conv, norm, x, residual, relu, algorithm = cast("tuple[Any, ...]", block.args)
+        return Step(
+            modules[conv.target],  # type: ignore[arg-type]
+            norm and modules[norm.target],  # type: ignore[arg-type]
+            number[x],
+            residual and number[residual],
+            relu,
+            algorithm,
         )
-        for block in blocks
-    ]
+
     outputs = [block for block in blocks if not inside.issuperset(block.users)]
-    with graph.inserting_before(blocks[-1]):
-        region = graph.call_function(
-            run_region, (steps, list(inputs), [number[block] for block in outputs])
-        )
+    region = Region([step(block) for block in blocks], [number[block] for block in outputs])
+    name = f"region_of_{blocks[0].name}"
+    setattr(model, name, region)
+    with model.graph.inserting_before(blocks[-1]):
+        node = model.graph.create_node("get_attr", name)
+        values = model.graph.call_function(run_region, (node, list(inputs)))
         for i, block in enumerate(outputs):
-            value = graph.call_function(operator.getitem, (region, i))
+            value = model.graph.call_function(operator.getitem, (values, i))
             block.replace_all_uses_with(value, lambda user: user not in inside)
     for block in reversed(blocks):
-        graph.erase_node(block)
+        model.graph.erase_node(block)
 
 
 def _restore_formats(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:

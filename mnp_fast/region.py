@@ -1,23 +1,24 @@
-"""Blocks that follow each other in a fused model, as one node of the autograd graph.
+"""Blocks that follow each other in a fused model, as one operator and one node of autograd.
 
-Autograd then sees one function where it saw a dozen, and the gradient of a value that several
+Neither Python nor torch then does anything between them, and the gradient of a value that several
 blocks read is summed in the kernel that makes its last part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .layers import block_terms
-from .ops._common import second_derivative_error, vector_grads, wants_grad
+from .layers import MaskedConv2d, MaskedLayer
+from .ops._common import second_derivative_error, wants_grad
 from .ops.conv import output_size
 
-P = TypeVar("P")
-_VECTORS = 4  # mask, scale, shift, bias
+_output_size = lru_cache(4096)(output_size)
 
 
 class Step(NamedTuple):
@@ -34,203 +35,157 @@ class Step(NamedTuple):
     algorithm: str  # for a convolution without one of its own
 
     @property
-    def geometry(self) -> tuple[Any, ...]:
-        """Stride, padding, dilation and groups."""
-        conv = self.conv
-        return conv.stride, conv.padding, conv.dilation, conv.groups
+    def geometry(self) -> Any:
+        """Stride, padding and dilation, for height and width."""
+        return self.conv.stride, self.conv.padding, self.conv.dilation
 
 
-def can_run(steps: Sequence[Step], inputs: Sequence[Any]) -> bool:
-    """Whether `run` computes what the blocks would compute one by one."""
-    first = inputs[0]
-    for x in inputs:
-        plain = type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.dim() == 4
-        if not plain or x.dtype != first.dtype or x.dtype not in (torch.float32, torch.float64):
-            return False
-    shapes = [tuple(x.shape) for x in inputs]
-    for step in steps:
-        weight = step.conv.weight
-        if weight.dtype != first.dtype or weight.device.type != "cpu":
-            return False
-        shape = output_size(shapes[step.x], weight.shape, *step.geometry[:3])
-        if step.residual is not None and shapes[step.residual] != shape:
-            return False
-        shapes.append(shape)
-    return True
-
-
-def run(
-    steps: Sequence[Step], inputs: Sequence[Tensor], outputs: Sequence[int]
-) -> tuple[Tensor, ...]:
-    """Run the blocks.
+class Region:
+    """The blocks of a region.
 
     Parameters
     ----------
     steps
         The blocks, in an order in which they can run.
-    inputs
-        Images (N, C, H, W), CPU, float32 or float64.
     outputs
         Numbers of the values to return.
     """
-    images = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
-    tensors: list[Tensor | None] = [*images]
-    for step in steps:
-        tensors += (step.conv.weight, *block_terms(step.conv, step.norm))
-    if wants_grad(*tensors):
-        apply: Callable[..., tuple[Tensor, ...]] = _Region.apply
-        return apply(steps, outputs, len(images), *tensors)
-    values: list[Tensor | None] = [*images]
-    for i, (step, done) in enumerate(zip(steps, _last_reads(steps, outputs), strict=True)):
-        values.append(_forward(step, values, _own(tensors, len(images), i), False, False)[0])
-        for number in done:
-            values[number] = None
-    return tuple(value for number in outputs if (value := values[number]) is not None)
+
+    def __init__(self, steps: Sequence[Step], outputs: Sequence[int]) -> None:
+        self.steps, self.outputs = steps, outputs
+
+    def plan(self, inputs: Sequence[Any]) -> Plan | None:
+        """How to run on these inputs; None where the operator computes something else."""
+        first = inputs[0]
+        for x in inputs:
+            plain = type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.dim() == 4
+            if not plain or x.dtype != first.dtype or x.dtype not in (torch.float32, torch.float64):
+                return None
+        plan, shapes = Plan(self.outputs), [tuple(x.shape) for x in inputs]
+        for step in self.steps:
+            weight = plan.add(step)
+            shape = _output_size(shapes[step.x], weight.shape, *step.geometry)
+            if step.residual is not None and shapes[step.residual] != shape:
+                return None
+            shapes.append(shape)
+        return None if wants_grad(*plan.statistics) else plan
 
 
-def _last_reads(steps: Sequence[Step], kept: Collection[int]) -> list[set[int]]:
-    """For every step, the values that are not read after it; without those that are kept."""
-    last: list[set[int]] = []
-    read = set(kept)
-    for step in reversed(steps):
-        ours = {number for number in (step.x, step.residual) if number is not None}
-        last.append(ours - read)
-        read |= ours
-    return last[::-1]
+class Plan:
+    """Blocks as the operators take them; csrc/ops/ops.h says how."""
+
+    def __init__(self, outputs: Sequence[int]) -> None:
+        self.outputs = outputs
+        self.parts: list[Tensor] = []
+        self.numbers: list[int] = []
+        self.eps: list[float] = []
+        self.algorithms: list[str] = []
+        self.statistics: list[Tensor] = []  # of the norms
+        self.weights: list[tuple[int, int]] = []  # the values that they meet, and places in parts
+
+    def add(self, step: Step) -> Tensor:
+        """Add a block; returns the weight of its convolution."""
+        conv, norm = step.conv, step.norm
+        masked = norm if isinstance(norm, MaskedLayer) else conv
+        weight = _parameter(conv, "weight")
+        self.weights.append((step.x, len(self.parts)))
+        self.parts += weight, _parameter(masked, "mask")
+        vectors = [_parameter(conv, "bias")]
+        if norm is not None:
+            mean, var = norm.running_mean, norm.running_var
+            self.statistics += mean, var
+            vectors += _parameter(norm, "weight"), _parameter(norm, "bias"), mean, var
+        given = 0
+        for i, vector in enumerate(vectors):
+            if vector is not None:
+                given |= 1 << i
+                self.parts.append(vector)
+        residual = -1 if step.residual is None else step.residual
+        self.numbers += step.x, residual, step.relu, *chain(*step.geometry), conv.groups
+        self.numbers += given, _masked_addends(masked)
+        self.eps.append(0.0 if norm is None else norm.eps)
+        own = isinstance(conv, MaskedConv2d)
+        self.algorithms.append(conv.algorithm if own else step.algorithm)
+        return weight
+
+    def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The outputs, from images (N, C, H, W)."""
+        images = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
+        tensors = *images, *self.parts
+        if wants_grad(*tensors):
+            apply: Callable[..., tuple[Tensor, ...]] = _Region.apply
+            return apply(self, len(images), *tensors)
+        return tuple(self.forward(images, self.parts, [False] * len(tensors)))
+
+    def inputs_read(self, needed: Sequence[bool], inputs: int) -> list[int]:
+        """Inputs that the gradient of a weight reads, in their order."""
+        return sorted({x for x, part in self.weights if x < inputs and needed[inputs + part]})
+
+    def forward(
+        self, images: Sequence[Tensor], parts: Sequence[Tensor], needed: Sequence[bool]
+    ) -> list[Tensor]:
+        """The outputs, then what `backward` needs."""
+        return torch.ops.mnp_fast.region_forward(
+            images, parts, self.numbers, self.eps, self.algorithms, self.outputs, needed
+        )
+
+    def backward(
+        self,
+        grads: Sequence[Tensor | None],
+        kept: Sequence[Tensor],
+        parts: Sequence[Tensor],
+        needed: Sequence[bool],
+        sizes: Sequence[int],
+    ) -> list[Tensor | None]:
+        """Gradients of images and parts."""
+        return torch.ops.mnp_fast.region_backward(
+            grads, kept, parts, self.numbers, self.eps, self.algorithms, self.outputs, needed, sizes
+        )
 
 
-def _own(parts: Sequence[P], inputs: int, step: int) -> Sequence[P]:
-    """What belongs to a step's weight and vectors."""
-    start = inputs + step * (1 + _VECTORS)
-    return parts[start : start + 1 + _VECTORS]
+def _parameter(module: nn.Module, name: str) -> Any:
+    """A parameter, by the short way where the module has it as such."""
+    table = module._parameters
+    return table[name] if name in table else getattr(module, name)
 
 
-def _forward(
-    step: Step,
-    values: Sequence[Tensor | None],
-    own: Sequence[Tensor | None],
-    keep_u: bool,
-    keep_active: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.mnp_fast.conv2d_forward(
-        values[step.x],
-        *own,
-        None if step.residual is None else values[step.residual],
-        *step.geometry,
-        "relu" if step.relu else "none",
-        keep_u,
-        keep_active,
-        _algorithm(step),
-    )
+def _masked_addends(masked: nn.Module) -> int:
+    """A bit each for whether the mask multiplies the convolution's bias, the mean, the norm's bias.
 
-
-def _algorithm(step: Step) -> str:
-    return getattr(step.conv, "algorithm", step.algorithm)
+    As `mnp_fast.layers.block_terms` has it.
+    """
+    if isinstance(masked, nn.Conv2d):
+        return 0b001 if masked.site == "neuron" else 0b000
+    return 0b011 if masked.site == "norm" else 0b111
 
 
 class _Region(torch.autograd.Function):
-    """Inputs are those of the region, then weight, mask, scale, shift and bias of every step.
-
-    Images are kept only for gradients of weights: where those are frozen, a ReLU's activity, a
-    byte an element, is all that the backward needs of them.
-    """
+    """Its tensors are the region's images, then the parts of the plan."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        steps: Sequence[Step],
-        outputs: Sequence[int],
-        inputs: int,
-        *tensors: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        needed: tuple[bool, ...] = ctx.needs_input_grad[3:]
-        values: list[Any] = list(tensors[:inputs])
-        sizes = [value.shape for value in values]
-        wanted = list(needed[:inputs])  # which values take gradients
-        weighted = (step.x for i, step in enumerate(steps) if _own(needed, inputs, i)[0])
-        read = set(weighted)  # by gradients of weights
-        last = _last_reads(steps, read.union(outputs))
-        kept_u: list[Tensor | None] = []
-        kept_active: list[Tensor | None] = []
-        for i, step in enumerate(steps):
-            own, number = _own(needed, inputs, i), inputs + i
-            through = wanted[step.x] or (step.residual is not None and wanted[step.residual])
-            wanted.append(through or any(own))
-            keep_u = own[1] or own[2]
-            keep_active = step.relu and wanted[number] and number not in read
-            y, u, active = _forward(step, values, _own(tensors, inputs, i), keep_u, keep_active)
-            values.append(y)
-            sizes.append(y.shape)
-            kept_u.append(u if keep_u else None)
-            kept_active.append(active if keep_active else None)
-            for number in last[i]:
-                values[number] = None
-        ctx.steps, ctx.outputs, ctx.inputs = steps, outputs, inputs
-        ctx.wanted, ctx.sizes = wanted, sizes
+    def forward(ctx: Any, plan: Plan, inputs: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        needed = ctx.needs_input_grad[2:]
+        images, parts = tensors[:inputs], tensors[inputs:]
+        made = plan.forward(images, parts, needed)
+        outputs = len(plan.outputs)
+        kept = *(images[i] for i in plan.inputs_read(needed, inputs)), *made[outputs:]
         ctx.set_materialize_grads(False)
-        kept = (values[number] if number in read else None for number in range(len(values)))
-        ctx.save_for_backward(*kept, *kept_u, *kept_active, *tensors[inputs:])
-        return tuple(values[number] for number in outputs)
+        ctx.save_for_backward(*kept, *parts)
+        ctx.plan, ctx.kept = plan, len(kept)
+        ctx.sizes = [size for image in images for size in image.shape]
+        return tuple(made[:outputs])
 
     @staticmethod
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        kept, parts = saved[: ctx.kept], saved[ctx.kept :]
         with torch.no_grad():
-            grads = _Region._gradients(ctx, *given)
+            made = ctx.plan.backward(given, kept, parts, ctx.needs_input_grad[2:], ctx.sizes)
+        grads = None, None, *made
         if not torch.is_grad_enabled():
             return grads
         apply: Callable[..., tuple[Tensor | None, ...]] = _Once.apply
-        return apply(len(grads), *grads, *given, *ctx.saved_tensors)
-
-    @staticmethod
-    def _gradients(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
-        steps, inputs, wanted, sizes = ctx.steps, ctx.inputs, ctx.wanted, ctx.sizes
-        saved, count = ctx.saved_tensors, len(steps)
-        values, rest = saved[: inputs + count], saved[inputs + count :]
-        kept_u, kept_active, tensors = rest[:count], rest[count : 2 * count], rest[2 * count :]
-        needed: tuple[bool, ...] = ctx.needs_input_grad[3:]
-        grads: list[Tensor | None] = [None] * len(values)
-        for number, grad in zip(ctx.outputs, given, strict=True):
-            grads[number] = grad
-        results: list[Tensor | None] = []
-        for i in reversed(range(len(steps))):
-            step, number = steps[i], inputs + i
-            grad, grads[number] = grads[number], None
-            if grad is None or not wanted[number]:
-                results[:0] = [None] * (1 + _VECTORS)
-                continue
-            weight, mask, scale, shift, bias = _own(tensors, 0, i)
-            need_weight, *need_vectors = _own(needed, inputs, i)
-            need_residual = step.residual is not None and wanted[step.residual]
-            if need_residual and not step.relu:
-                grads[step.residual] = _sum(grads[step.residual], grad)
-            dx, dw, dz, sums = torch.ops.mnp_fast.conv2d_backward(
-                grad,
-                values[step.x] if need_weight else None,
-                sizes[step.x],
-                weight,
-                values[number] if step.relu else None,
-                kept_active[i],
-                kept_u[i],
-                mask,
-                scale,
-                shift,
-                *step.geometry,
-                wanted[step.x],
-                need_weight,
-                need_residual and step.relu,
-                any(need_vectors),
-                _algorithm(step),
-                grads[step.x] if wanted[step.x] else None,
-            )
-            if wanted[step.x]:
-                grads[step.x] = dx
-            if need_residual and step.relu:
-                grads[step.residual] = _sum(grads[step.residual], dz)
-            vectors: list[Tensor | None] = [None] * _VECTORS
-            if any(need_vectors):
-                vectors = vector_grads(sums, (mask, scale, shift, bias), tuple(need_vectors))
-            results[:0] = [dw if need_weight else None, *vectors]
-        return (None, None, None, *grads[:inputs], *results)
+        return apply(len(grads), *grads, *given, *saved)
 
 
 class _Once(torch.autograd.Function):
@@ -243,7 +198,3 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> None:
         raise second_derivative_error("a fused model")
-
-
-def _sum(a: Tensor | None, b: Tensor) -> Tensor:
-    return b if a is None else a + b

@@ -1,5 +1,7 @@
 #include "image.h"
 
+#include <utility>
+
 #include "workspace.h"
 
 // Of torch 2.11 and later; null where the torch that runs is older.
@@ -34,6 +36,15 @@ Tensor in_kept_memory(const Ints& sizes, const Ints& strides, ScalarType type) {
 }
 
 }  // namespace
+
+Tensor empty(const Ints& sizes, ScalarType type) {
+  Ints strides(sizes.size(), 1);
+  int64_t elements = 1;
+  for (size_t i = sizes.size(); i-- > 0; elements *= sizes[i]) strides[i] = elements;
+  if (!torch_from_blob || elements == 0)
+    return torch::stable::empty({sizes.data(), sizes.size()}, type);
+  return in_kept_memory(sizes, strides, type);
+}
 
 Tensor empty_image(const Ints& sizes, ScalarType type) {
   const int64_t row = sizes[3] * sizes[1], image = sizes[2] * row;

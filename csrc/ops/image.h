@@ -6,6 +6,9 @@
 
 namespace mnp::ops {
 
+// An uninitialized contiguous tensor on the CPU.
+Tensor empty(const Ints& sizes, ScalarType type);
+
 // An uninitialized channels-last image (N, C, H, W).
 Tensor empty_image(const Ints& sizes, ScalarType type);
 

@@ -10,8 +10,8 @@ void mask_update_(const std::vector<Tensor>& masks, const std::vector<Tensor>& g
   check_mask_lists(op, masks, grads, velocities, magnitudes);
   MNP_CHECK(masks.empty() || masks[0].is_cpu(), op, ": masks must be on the CPU");
   for (size_t i = 0; i < masks.size(); ++i) {
-    const Tensor grad = torch::stable::contiguous(grads[i]);
-    const Tensor magnitude = torch::stable::contiguous(magnitudes[i]);
+    const Tensor grad = to_contiguous(grads[i]);
+    const Tensor magnitude = to_contiguous(magnitudes[i]);
     with_type(masks[i].scalar_type(), [&](auto zero) {
       using T = decltype(zero);
       const cpu::MaskUpdate<T> a{

@@ -64,11 +64,11 @@ std::tuple<Tensor, Tensor, Tensor> masked_affine_backward(const Tensor& grad, co
   MaybeTensor out;
   if (y) out = plan.arrange(*y);
   const auto output = [&](bool needed) {
-    return needed ? empty_as(plan.x) : torch::stable::empty({0}, plan.type);
+    return needed ? empty_as(plan.x) : empty({0}, plan.type);
   };
   Tensor dx = output(need_x), dres = output(need_residual);
-  Tensor sums = need_sums ? torch::stable::empty({3, layout.batch, layout.neurons}, plan.type)
-                          : torch::stable::empty({0}, plan.type);
+  Tensor sums =
+      need_sums ? empty({3, layout.batch, layout.neurons}, plan.type) : empty({0}, plan.type);
   with_type(plan.type, [&](auto zero) {
     using T = decltype(zero);
     cpu::EpilogueGrad<T> e{};

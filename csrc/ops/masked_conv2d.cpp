@@ -4,27 +4,20 @@
 #include "epilogue_grad.h"
 #include "image.h"
 #include "living.h"
+#include "masked_conv2d.h"
 
 namespace mnp::ops {
 namespace {
 
-Tensor to_channels_last(const Tensor& t, ScalarType type) {
-  return torch::stable::contiguous(as_type(t, type), MemoryFormat::ChannelsLast);
-}
-
 // An image in the memory format of the one that was given.
 Tensor in_format_of(const Tensor& given, const Tensor& image) {
-  return is_channels_last(given) ? image : torch::stable::contiguous(image);
-}
-
-Tensor empty(const Ints& sizes, ScalarType type) {
-  return torch::stable::empty({sizes.data(), sizes.size()}, type);
+  return is_channels_last(given) ? image : to_contiguous(image);
 }
 
 // The weight with taps at one stride, which contiguous and channels-last weights have as they are.
 Tensor even_taps(const Tensor& weight) {
   const bool even = weight.size(2) == 1 || weight.stride(2) == weight.size(3) * weight.stride(3);
-  return even ? weight : torch::stable::contiguous(weight);
+  return even ? weight : to_contiguous(weight);
 }
 
 // The image that is convolved: on the CPU, in the weight's dtype.
@@ -61,9 +54,9 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_forward(
               shape_of(sizes), ", not ", shape_of(*residual));
     MNP_CHECK(residual->is_cpu() && residual->scalar_type() == x.scalar_type(), op,
               ": residual must have the input's dtype and device");
-    r = to_channels_last(*residual, type);
+    r = to_channels_last(as_type(*residual, type));
   }
-  const Tensor input = to_channels_last(x, type);
+  const Tensor input = to_channels_last(as_type(x, type));
   const Tensor kernel = even_taps(as_type(weight, type));
   const Living living(conv, m, chosen);
   with_type(type, [&](auto zero) {
@@ -132,15 +125,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_backward(
   MNP_CHECK(!u || (u->is_cpu() && u->scalar_type() == type && u->numel() == grad.numel()), op,
             ": u must be what masked_conv2d kept");
 
-  const Tensor dy = to_channels_last(grad, type);
+  const Tensor dy = to_channels_last(as_type(grad, type));
   MaybeTensor out, pre, more;
-  if (y) out = to_channels_last(*y, type);
+  if (y) out = to_channels_last(as_type(*y, type));
   if (add && need_x) {
     MNP_CHECK(add->is_cpu() && add->scalar_type() == grad.scalar_type() && sizes_of(*add) == x_size,
               op, ": add must have x's shape ", shape_of(x_size), ", dtype and device");
-    more = to_channels_last(*add, type);
+    more = to_channels_last(as_type(*add, type));
   }
-  if (u) pre = torch::stable::contiguous(*u, MemoryFormat::ChannelsLast);
+  if (u) pre = to_channels_last(*u);
   Tensor dres = need_residual ? empty_image(out_sizes, type) : empty({0}, type);
   Tensor dx = need_x ? empty_image(x_size, type) : empty({0}, type);
   Tensor dw =
@@ -175,7 +168,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_backward(
                             mutable_data<T>(dx));
     }
     if (need_weight) {
-      const Tensor input = to_channels_last(*x, type);
+      const Tensor input = to_channels_last(as_type(*x, type));
       if (for_weight == Algorithm::direct || living.conv.k == 0)
         direct_weight_grad(living.conv, g.get(), g_stride, data<T>(input), mutable_data<T>(dw));
       else

@@ -72,7 +72,7 @@ std::vector<Tensor> neuron_magnitude(const std::vector<Tensor>& weights, const s
     MNP_CHECK(!spectral || type == given.scalar_type(), op,
               ": 'spectral' takes float32 or float64 weights");
     const bool in_place = spectral ? matrix_columns(given) > 0 : has_dense_rows(given);
-    dense.push_back(in_place ? given : torch::stable::contiguous(given));
+    dense.push_back(in_place ? given : to_contiguous(given));
     const Tensor& w = dense.back();
     norms.push_back(torch::stable::empty({w.size(0)}, type));
     neurons.push_back(w.size(0));

@@ -15,6 +15,21 @@ void check_place(const char* op, const char* name, const Tensor& given, const Te
             name, " must have the input's dtype");
 }
 
+// Whether the channels of each pixel, and the pixels of each image, lie next to each other.
+bool lies_channels_last(const Tensor& t) {
+  if (t.dim() != 4 && t.dim() != 5) return false;
+  int64_t expected = 1;
+  const auto matches = [&](int64_t axis) {
+    const bool ok = t.size(axis) == 1 || t.stride(axis) == expected;
+    expected *= t.size(axis);
+    return ok;
+  };
+  if (!matches(1)) return false;
+  for (int64_t axis = t.dim() - 1; axis > 1; --axis)
+    if (!matches(axis)) return false;
+  return matches(0);
+}
+
 }  // namespace
 
 Ints sizes_of(const Tensor& t) {
@@ -48,19 +63,14 @@ Tensor as_type(const Tensor& t, ScalarType type) {
   return t.scalar_type() == type ? t : torch::stable::to(t, type);
 }
 
-bool is_channels_last(const Tensor& t) {
-  if (t.dim() != 4 && t.dim() != 5) return false;
-  if (t.is_contiguous()) return false;
-  int64_t expected = 1;
-  const auto matches = [&](int64_t axis) {
-    const bool ok = t.size(axis) == 1 || t.stride(axis) == expected;
-    expected *= t.size(axis);
-    return ok;
-  };
-  if (!matches(1)) return false;
-  for (int64_t axis = t.dim() - 1; axis > 1; --axis)
-    if (!matches(axis)) return false;
-  return matches(0);
+bool is_channels_last(const Tensor& t) { return !t.is_contiguous() && lies_channels_last(t); }
+
+Tensor to_contiguous(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+Tensor to_channels_last(const Tensor& t) {
+  return lies_channels_last(t) ? t : torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
 }
 
 Arranged::Arranged(const char* op, const Tensor& given, ScalarType type_) : type(type_) {
@@ -74,10 +84,10 @@ Arranged::Arranged(const char* op, const Tensor& given, ScalarType type_) : type
 }
 
 Tensor Arranged::arrange(const Tensor& t) const {
-  const MemoryFormat format = !channels_last ? MemoryFormat::Contiguous
-                              : t.dim() == 4 ? MemoryFormat::ChannelsLast
-                                             : MemoryFormat::ChannelsLast3d;
-  return torch::stable::contiguous(as_type(t, type), format);
+  const Tensor typed = as_type(t, type);
+  if (!channels_last) return to_contiguous(typed);
+  return typed.dim() == 4 ? to_channels_last(typed)
+                          : torch::stable::contiguous(typed, MemoryFormat::ChannelsLast3d);
 }
 
 bool same_device(const Tensor& a, const Tensor& b) { return a.device() == b.device(); }
@@ -105,7 +115,7 @@ Tensor neuron_vector(const char* op, const char* name, const MaybeTensor& given,
                      double fill, const Tensor& like, ScalarType type) {
   if (!given) return torch::stable::full({neurons}, fill, type);
   check_vector(op, name, *given, neurons, like, type);
-  return torch::stable::contiguous(as_type(*given, type));
+  return to_contiguous(as_type(*given, type));
 }
 
 Mask::Mask(const char* op, const MaybeTensor& given, int64_t batch, int64_t neurons,
@@ -116,7 +126,7 @@ Mask::Mask(const char* op, const MaybeTensor& given, int64_t batch, int64_t neur
     return;
   }
   if (check_mask(op, *given, batch, neurons, like, type)) stride = neurons;
-  values = torch::stable::contiguous(as_type(*given, type));
+  values = to_contiguous(as_type(*given, type));
 }
 
 void check_like(const char* op, const char* name, const Tensor& t, const Tensor& like) {

@@ -20,6 +20,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
+using Names = std::vector<std::string>;
 
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
@@ -54,6 +55,10 @@ void with_type(ScalarType type, const F& f) {
 
 // Channels-last in memory and not contiguous as well (as with one channel or one pixel).
 bool is_channels_last(const Tensor& t);
+
+// `t` in this layout; itself where it has it already, which torch would take longer to find out.
+Tensor to_contiguous(const Tensor& t);
+Tensor to_channels_last(const Tensor& t);
 
 // A tensor (N, K, *) in a layout that the kernels know, as elements of a type.
 struct Arranged {

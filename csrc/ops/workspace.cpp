@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <new>
 #include <vector>
 
@@ -12,11 +13,13 @@ namespace {
 
 constexpr std::align_val_t kLine{64};
 constexpr std::size_t kHeader = 64;  // holds the size, and keeps what follows aligned
-// Below this the allocator needs no fresh pages.
+// Up to this the allocator needs no fresh pages.
 #ifdef __SANITIZE_ADDRESS__
+constexpr bool kKeepsSmall = false;
 constexpr std::size_t kSmall =
     SIZE_MAX;  // all from the allocator, which guards what lies past the end
 #else
+constexpr bool kKeepsSmall = true;
 constexpr std::size_t kSmall = 65536;
 #endif
 
@@ -40,7 +43,7 @@ std::size_t& size_of(char* block) { return *reinterpret_cast<std::size_t*>(block
 // the allocator's heaps full of holes.
 char* acquire(std::size_t bytes) {
   char* block;
-  if (bytes < kSmall) {
+  if (bytes <= kSmall) {
     block = static_cast<char*>(::operator new(bytes + kHeader, kLine));
   } else {
     void* const pages =
@@ -53,11 +56,46 @@ char* acquire(std::size_t bytes) {
 }
 
 void release(char* block) {
-  if (size_of(block) < kSmall)
+  if (size_of(block) <= kSmall)
     ::operator delete(block, kLine);
   else
     munmap(block, size_of(block) + kHeader);
 }
+
+// Small blocks that a thread gave back, of sizes that are powers of two: the allocator would search
+// its holes for aligned memory each time.
+class SmallBlocks {
+ public:
+  ~SmallBlocks() {
+    for (auto& blocks : kept_) std::for_each(blocks.begin(), blocks.end(), release);
+    is_gone_ = true;
+  }
+  static char* take(std::size_t bytes) {
+    const int power = std::bit_width(std::max<std::size_t>(bytes, 64) - 1);
+    if (!is_gone_ && !mine_.kept_[power].empty()) {
+      char* const block = mine_.kept_[power].back();
+      mine_.kept_[power].pop_back();
+      mine_.bytes_ -= size_of(block);
+      return block;
+    }
+    return acquire(std::size_t{1} << power);
+  }
+  static void give(char* block) {
+    if (is_gone_ || mine_.bytes_ + size_of(block) > kMost) return release(block);
+    mine_.bytes_ += size_of(block);
+    mine_.kept_[std::bit_width(size_of(block) - 1)].push_back(block);
+  }
+
+ private:
+  static constexpr std::size_t kMost = std::size_t{1} << 20;
+  static thread_local SmallBlocks mine_;
+  static thread_local bool is_gone_;  // what is destroyed later still gives back
+  std::vector<char*> kept_[std::bit_width(std::size_t{65536})];
+  std::size_t bytes_ = 0;
+};
+
+thread_local SmallBlocks SmallBlocks::mine_;
+thread_local bool SmallBlocks::is_gone_ = false;
 
 }  // namespace
 
@@ -69,7 +107,9 @@ std::unique_lock<std::mutex> lock_soon(std::mutex& lock) {
 }
 
 void* take_memory(std::size_t bytes) {
-  if (bytes >= kSmall) {
+  if (bytes <= kSmall) {
+    if (kKeepsSmall) return SmallBlocks::take(bytes) + kHeader;
+  } else {
     Pool& p = pool();
     const auto guard = lock_soon(p.lock);
     if (guard) {
@@ -92,12 +132,13 @@ void* take_memory(std::size_t bytes) {
 void give_memory(void* memory) {
   if (!memory) return;
   char* const block = static_cast<char*>(memory) - kHeader;
+  if (size_of(block) <= kSmall) return kKeepsSmall ? SmallBlocks::give(block) : release(block);
   std::vector<char*> old;
   {
     Pool& p = pool();
     const auto guard = lock_soon(p.lock);
     const int64_t bytes = size_of(block);
-    if (!guard || size_of(block) < kSmall || bytes > budget) {
+    if (!guard || bytes > budget) {
       old.push_back(block);
     } else {
       // The oldest go first: shapes that are no longer used must not fill the budget.

@@ -1,5 +1,6 @@
-// Memory of calls and of the images that they return. What is given back is kept for later calls,
-// up to a budget: fresh memory costs a page fault every 4 KiB.
+// Memory of calls and of the tensors that they return. What is given back is kept for later calls,
+// up to a budget, and up to 1 MiB of small blocks by each thread: fresh memory costs a page fault
+// every 4 KiB.
 #pragma once
 
 #include <cstddef>

@@ -1,0 +1,184 @@
+"""Regions of blocks against the same blocks one by one, which have tests of their own."""
+
+import pytest
+import torch
+from torch import nn
+
+import mnp_fast
+from mnp_fast.fusion import run_region
+from mnp_fast.region import Region, Step
+
+from .ops.cases import relative_error
+
+
+def layers(channels, neurons, site, *, stride=1, bias=False, affine=True, norm=True, groups=1):
+    """A convolution and a norm, masked at a site, with random masks, vectors and statistics."""
+    conv = nn.Conv2d(channels, neurons, 3, stride, 1, groups=groups, bias=bias)
+    parts = [conv, nn.BatchNorm2d(neurons, affine=affine)] if norm else [conv]
+    parts.append(nn.Conv2d(neurons, 1, 1))  # what makes the output gets no mask
+    masked = mnp_fast.wrap(nn.Sequential(*parts).double().eval(), site=site, fuse=False)
+    for tensor in (*masked.parameters(), *masked.buffers()):
+        if tensor.is_floating_point() and tensor.dim() == 1:
+            nn.init.uniform_(tensor, 0.2, 1.5)
+    for mask in mnp_fast.masks(masked).values():
+        mask.data[::3] = 0
+    return masked[0], masked[1] if norm else None
+
+
+def chain(site, **options):
+    """X -> a -> b, with a as residual of b, and x once more beside them."""
+    first, second = (layers(c, 6, site, **options) for c in (4, 6))
+    side = layers(4, 6, site, stride=1)
+    steps = [
+        Step(*first, 0, None, True, "auto"),
+        Step(*second, 1, 1, True, "auto"),
+        Step(*side, 0, 2, False, "auto"),
+    ]
+    return steps, [2, 3]
+
+
+def one_by_one(steps, inputs, outputs):
+    region = Region(steps, outputs)
+    region.plan = lambda inputs: None
+    return run_region(region, inputs)
+
+
+def tensors_of(steps):
+    modules = [module for step in steps for module in (step.conv, step.norm) if module is not None]
+    return [parameter for module in modules for parameter in module.parameters()]
+
+
+def outputs_and_gradients(run, steps, outputs, x):
+    x = x.clone().requires_grad_(True)
+    made = run(steps, [x], outputs)
+    wanted = [t for t in (x, *tensors_of(steps)) if t.requires_grad]
+    generator = torch.Generator().manual_seed(2)
+    seeds = [torch.randn(y.shape, dtype=y.dtype, generator=generator) for y in made]
+    grads = torch.autograd.grad(made, wanted, seeds, allow_unused=True, materialize_grads=True)
+    return [*made, *grads]
+
+
+def together(steps, inputs, outputs):
+    region = Region(steps, outputs)
+    assert region.plan(inputs) is not None
+    return run_region(region, inputs)
+
+
+def images(dtype=torch.float64):
+    return torch.randn(3, 4, 7, 6, dtype=dtype)
+
+
+def assert_equal_to_one_by_one(steps, outputs):
+    x = images()
+    ours, theirs = (outputs_and_gradients(run, steps, outputs, x) for run in (together, one_by_one))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.shape == other.shape
+        assert relative_error(mine, other) <= 1e-12
+
+
+@pytest.mark.parametrize("site", ["norm", "neuron", "filter"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bias": True}, {"affine": False, "bias": True}, {"groups": 2}],
+    ids=["plain", "biases", "no affine", "groups"],
+)
+def test_equal_to_one_by_one(site, options):
+    assert_equal_to_one_by_one(*chain(site, **options))
+
+
+@pytest.mark.parametrize("site", ["neuron", "filter"])
+def test_without_norms(site):
+    assert_equal_to_one_by_one(*chain(site, norm=False, bias=True))
+
+
+@pytest.mark.parametrize("kind", ["mask", "scale", "bias", "weight", "image"])
+def test_gradients_of_one_kind_alone(kind):
+    steps, outputs = chain("norm", bias=True)
+    of_kind = {
+        "mask": lambda step: step.norm.mask,
+        "scale": lambda step: step.norm.weight,
+        "bias": lambda step: step.conv.bias,
+        "weight": lambda step: step.conv.weight,
+    }
+    for tensor in tensors_of(steps):
+        tensor.requires_grad_(False)
+    if kind in of_kind:
+        # The last block has no bias of its convolution.
+        chosen = [t for t in map(of_kind[kind], steps) if t is not None]
+        for tensor in chosen:
+            tensor.requires_grad_(True)
+    assert_equal_to_one_by_one(steps, outputs)
+
+
+def test_a_mask_a_sample():
+    steps, outputs = chain("norm")
+    for step in steps:
+        step.norm.mask = nn.Parameter(torch.rand(3, 6, dtype=torch.float64))
+    assert_equal_to_one_by_one(steps, outputs)
+
+
+def test_gradcheck():
+    steps, outputs = chain("norm", bias=True)
+    x = images().requires_grad_(True)
+    parameters = tensors_of(steps)
+
+    def function(x, *_):
+        return together(steps, [x], outputs)
+
+    assert torch.autograd.gradcheck(function, (x, *parameters), fast_mode=True)
+
+
+def test_an_output_that_nothing_comes_back_from():
+    steps, outputs = chain("norm")
+    x = images().requires_grad_(True)
+    first, last = together(steps, [x], outputs)
+    masks = [step.norm.mask for step in steps]
+    grads = torch.autograd.grad(first.sum(), masks, allow_unused=True, retain_graph=True)
+    assert [grad is None for grad in grads] == [False, False, True]
+    assert torch.autograd.grad(last.sum(), x)[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mask", r"mask must have shape \(6,\)"),
+        ("weight", r"the norm's weight must have shape \(6,\)"),
+        ("running_var", r"running_var must have shape \(6,\)"),
+    ],
+)
+def test_vectors_that_do_not_fit_are_named(name, message):
+    steps, outputs = chain("norm")
+    getattr(steps[1].norm, name).data = torch.ones(5, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=message):
+        together(steps, [images()], outputs)
+
+
+def test_statistics_that_take_gradients_run_one_by_one():
+    steps, outputs = chain("norm")
+    steps[0].norm.running_mean.requires_grad_(True)
+    assert Region(steps, outputs).plan([images()]) is None
+    with torch.no_grad():
+        assert Region(steps, outputs).plan([images()]) is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"plan": [0] * 13}, "plan is too long"),
+        ({"plan": [5]}, "a block reads value 5, of 1"),
+        ({"parts": []}, "needed must have a number for each input and part"),
+        ({"eps": []}, "eps and algorithms must be one a block"),
+        ({"outputs": [9]}, "there is no value 9"),
+    ],
+)
+def test_plans_that_do_not_fit_are_refused(change, message):
+    x = images()
+    plan = Region(chain("norm")[0][:1], [1]).plan([x])
+    given = {"parts": plan.parts, "plan": plan.numbers, "eps": plan.eps}
+    given |= {"algorithms": plan.algorithms, "outputs": plan.outputs}
+    given |= {"needed": [0] * (1 + len(plan.parts))}
+    torch.ops.mnp_fast.region_forward([x], **given)
+    if change.get("plan") == [0] * 13:
+        change = {"plan": plan.numbers + change["plan"]}
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.mnp_fast.region_forward([x], **{**given, **change})
