@@ -14,4 +14,4 @@ with warnings.catch_warnings():
     _common._library.impl("masked_conv2d", conv._default, "CPU")
     _common._library.impl("masked_conv2d_backward", conv._backward_default, "CPU")
 
-fusion.can_run = lambda steps, inputs: False  # as it says of CUDA tensors
+fusion.Region.plan = lambda self, inputs: None  # as it says of CUDA tensors
