@@ -80,7 +80,7 @@ class Plan:
         self.numbers: list[int] = []
         self.eps: list[float] = []
         self.algorithms: list[str] = []
-        self.statistics: list[Tensor] = []  # of the norms
+        self.statistics: list[Tensor | None] = []  # of the norms
         self.weights: list[tuple[int, int]] = []  # the values that they meet, and places in parts
 
     def add(self, step: Step) -> Tensor:
@@ -104,8 +104,8 @@ class Plan:
         self.numbers += step.x, residual, step.relu, *chain(*step.geometry), conv.groups
         self.numbers += given, _masked_addends(masked)
         self.eps.append(0.0 if norm is None else norm.eps)
-        own = isinstance(conv, MaskedConv2d)
-        self.algorithms.append(conv.algorithm if own else step.algorithm)
+        chosen = conv.algorithm if isinstance(conv, MaskedConv2d) else step.algorithm
+        self.algorithms.append(chosen)
         return weight
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -73,7 +73,7 @@ template <class T, int R, int V, bool Groups>
   // What the next tile writes and reads, if it lies behind this one.
   if (part.is_last)
     for (int i = 0; i < R; ++i)
-      prefetch<V * L>(a.output + places[i].element + R * a.out_step_w * a.out_stride + first, true);
+      prefetch_outputs<V * L>(a, places[i].element + R * a.out_step_w * a.out_stride + first);
   const int64_t ahead = a.step_w == 1 ? R * a.in_stride : 0;
   constexpr int64_t step = Groups ? L : V * L;
   const int64_t next_panel = Groups ? part.next_panel : L, next_read = Groups ? a.depth : 0;

@@ -45,7 +45,7 @@ template <class T, int W, int R, int V, bool Whole>
   // What the next tile writes, and what it is first to read, if it lies behind this one.
   const int64_t written = R * a.out_step_w * a.groups * W, read = R * a.step_w * a.in_stride;
   for (int i = 0; i < R; ++i) {
-    prefetch<V * L>(a.output + places[i].element + written + first, true);
+    prefetch_outputs<V * L>(a, places[i].element + written + first);
     if (a.taps > 0) prefetch<V * L>(reads.at(a.taps - 1)[i] + read + first, false);
   }
   const T* panel = a.panels + first * a.taps * W;
@@ -81,7 +81,7 @@ inline void narrow_pixel_tile(const Direct<T>& a, const TapReads<T>& reads, cons
 template <class T>
 inline int64_t narrow_pixels(const Direct<T>& a) {
   const int64_t bytes = a.groups * a.width * (1 + a.step_h * a.step_w) * int64_t(sizeof(T));
-  return kRows * min(64, max<int64_t>(4, a.l2 / 2 / bytes / kRows));
+  return kPointerRows * min(64, max<int64_t>(4, a.l2 / 2 / bytes / kPointerRows));
 }
 
 template <class T>
@@ -101,8 +101,8 @@ void narrow(const Direct<T>& a, int64_t begin, int64_t end, char* memory) {
     find_pixels(a, chunk, pixels, scratch);
     int64_t s = 0;
     TapReads<T> reads{scratch.reads, pixels, scratch.zeros};
-    for (; s + kRows <= pixels; s += kRows, reads.first += kRows)
-      narrow_pixel_tile<T, W, kRows>(a, reads, scratch.places + s);
+    for (; s + kPointerRows <= pixels; s += kPointerRows, reads.first += kPointerRows)
+      narrow_pixel_tile<T, W, kPointerRows>(a, reads, scratch.places + s);
     for (; s < pixels; ++s, ++reads.first) narrow_pixel_tile<T, W, 1>(a, reads, scratch.places + s);
   }
 }

@@ -2,13 +2,33 @@
 // Included once per instruction set; see isa.inl.
 #pragma once
 
+// Pixels [begin, end) of a sample, whose u is given.
+template <class T>
+inline void write_pixels(const Epilogue<T>& given, int64_t sample, int64_t begin, int64_t end,
+                         int64_t neurons, const T* u, T* y) {
+  constexpr int64_t L = VecOf<T>::lanes;
+  Epilogue<T> e = given;  // no store can change it
+  e.mask += sample * e.mask_stride, e.mask_stride = 0;
+  const bool is_affine = !e.u && !e.residual && !e.active;
+  const int64_t whole = is_affine ? neurons / L * L : 0;
+  for (int64_t at = begin * neurons; at < end * neurons; at += neurons) {
+    for (int64_t k = 0; k < whole; k += L) {
+      const Vec<T> t = load<T>(e.scale + k) * load<T>(u + at + k) + load<T>(e.shift + k);
+      const Vec<T> z = load<T>(e.mask + k) * t + load<T>(e.bias + k);
+      store<T>(y + at + k, e.relu ? (z < T(0) ? Vec<T>{} : z) : z);
+    }
+    if (whole < neurons) write_pixel(&e, u + at + whole, 0, whole, neurons - whole, y, at + whole);
+  }
+}
+
 template <class T>
 void epilogue_forward(const NeuronLayout& layout, const Epilogue<T>& e, const T* u, T* y,
                       int64_t begin, int64_t end) {
   if (layout.channels_last) {
-    for (int64_t r = begin; r < end; ++r) {
-      const int64_t at = r * layout.neurons;
-      write_pixel(&e, u + at, r / layout.inner, 0, layout.neurons, y, at);
+    for (int64_t r = begin, stop; r < end; r = stop) {
+      const int64_t n = r / layout.inner;
+      stop = min(end, (n + 1) * layout.inner);
+      write_pixels(e, n, r, stop, layout.neurons, u, y);
     }
     return;
   }

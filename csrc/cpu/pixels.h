@@ -168,6 +168,15 @@ struct TapReads {
   }
 };
 
+// Asks for all that is read and written with `Count` outputs from `element` on.
+template <int Count, class T>
+inline void prefetch_outputs(const Direct<T>& a, int64_t element) {
+  const Epilogue<T>& e = *a.epilogue;
+  prefetch<Count>(a.output + element, true);
+  if (e.u) prefetch<Count>(e.u + element, true);
+  if (e.residual) prefetch<Count>(e.residual + element, false);
+}
+
 // Neurons [first, first + used) of R pixels, whose u is given.
 template <class T, int R, int V>
 inline void write_tile(const Direct<T>& a, const Place* places, int64_t first, int64_t used,
@@ -186,22 +195,24 @@ inline void write_tile(const Direct<T>& a, const Place* places, int64_t first, i
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v)
-        u[i][v] = change(u[i][v], places[i].element + first + v * L, i, first + v * L);
+      for (int v = 0; v < V; ++v) u[i][v] = change(u[i][v], places[i].element + first + v * L);
   };
-  if (e.u) each([&](Vec<T> x, int64_t at, int, int64_t) { return store<T>(e.u + at, x), x; });
+  if (e.u) each([&](Vec<T> x, int64_t at) { return store<T>(e.u + at, x), x; });
   if (e.mask)
-    each([&](Vec<T> x, int64_t, int i, int64_t neuron) {
-      const T* mask = e.mask + places[i].sample * e.mask_stride;
-      const Vec<T> t = load<T>(e.scale + neuron) * x + load<T>(e.shift + neuron);
-      return load<T>(mask + neuron) * t + load<T>(e.bias + neuron);
-    });
-  if (e.residual)
-    each([&](Vec<T> x, int64_t at, int, int64_t) { return x + load<T>(e.residual + at); });
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const int64_t neuron = first + v * L;
+      const Vec<T> scale = load<T>(e.scale + neuron), shift = load<T>(e.shift + neuron);
+      const Vec<T> bias = load<T>(e.bias + neuron), shared = load<T>(e.mask + neuron);
+#pragma GCC unroll 16
+      for (int i = 0; i < R; ++i) {
+        const T* own = e.mask + places[i].sample * e.mask_stride + neuron;
+        u[i][v] = (e.mask_stride ? load<T>(own) : shared) * (scale * u[i][v] + shift) + bias;
+      }
+    }
+  if (e.residual) each([&](Vec<T> x, int64_t at) { return x + load<T>(e.residual + at); });
   if (e.active)
-    each([&](Vec<T> x, int64_t at, int, int64_t) {
-      return store_flags<T>(e.active + at, ~(x <= T(0)), L), x;
-    });
-  if (e.relu) each([](Vec<T> x, int64_t, int, int64_t) { return x < T(0) ? Vec<T>{} : x; });
-  each([&](Vec<T> x, int64_t at, int, int64_t) { return store<T>(a.output + at, x), x; });
+    each([&](Vec<T> x, int64_t at) { return store_flags<T>(e.active + at, ~(x <= T(0)), L), x; });
+  if (e.relu) each([](Vec<T> x, int64_t) { return x < T(0) ? Vec<T>{} : x; });
+  each([&](Vec<T> x, int64_t at) { return store<T>(a.output + at, x), x; });
 }

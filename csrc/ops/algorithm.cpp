@@ -33,6 +33,21 @@ Algorithm fastest(const Work& work, bool by_two, bool backward) {
   return Algorithm::direct;
 }
 
+// Where torch's convolution and a pass over its output take less time than the direct kernels,
+// which has been measured on x86-64 with AVX2 and AVX-512. It costs more to call.
+bool torch_wins(const Conv& conv) {
+  constexpr int64_t kWorthACall = int64_t{4} << 20;  // multiply-adds
+  const int64_t lanes = cpu::kernels_of<float>().panel / 2;
+  const int64_t products = conv.n * conv.oh * conv.ow * conv.k * conv.group_in() * conv.taps();
+  if (lanes < 8 || products < kWorthACall) return false;
+  const bool strides = conv.taps() == 1 && (conv.stride[0] > 1 || conv.stride[1] > 1);
+  if (conv.groups == 1 && (strides || (conv.c < 16 && conv.kw > 1))) return true;
+  if (lanes < 16) return false;
+  if (conv.groups == 1) return conv.taps() > 9;
+  // Between them, groups share vectors well; above, they fill them.
+  return conv.is_depthwise() || (conv.group_out() >= 8 && conv.group_out() <= 16);
+}
+
 }  // namespace
 
 Algorithm choose_algorithm(const char* op, const Conv& conv, const std::string& name,
@@ -51,10 +66,12 @@ Algorithm choose_algorithm(const char* op, const Conv& conv, const std::string& 
             " and groups ", conv.groups);
   // Only odd paddings have gradients of the input by Winograd with stride 2.
   const bool even = conv.padding[0] % 2 == 0 || conv.padding[1] % 2 == 0;
+  const bool is_free = name == "auto" && type == ScalarType::Float;
+  if (is_free && result == Result::output && torch_wins(conv)) return Algorithm::torch;
   if (!possible || name == "direct" || (backward && by_two && even)) return Algorithm::direct;
   if (name == "winograd2") return Algorithm::winograd2;
   if (name == "winograd4") return Algorithm::winograd4;
-  if (type != ScalarType::Float) return Algorithm::direct;
+  if (!is_free) return Algorithm::direct;
   const Work work{conv.n, backward ? conv.h : conv.oh, backward ? conv.w : conv.ow,
                   backward ? conv.k : conv.c};
   if (result != Result::weight_grad) return fastest(work, by_two, backward);

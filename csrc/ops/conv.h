@@ -50,10 +50,11 @@ cpu::Weights<T> weights_of(const Tensor& weight, bool transposed) {
           weight.stride(!transposed), weight.size(2) * weight.size(3)};
 }
 
-enum class Algorithm { direct, winograd2, winograd4 };
+enum class Algorithm { direct, winograd2, winograd4, torch };
 enum class Result { output, input_grad, weight_grad };
 
-// The algorithm that a name stands for; fails where it cannot compute this convolution.
+// The algorithm that a name stands for; fails where it cannot compute this convolution. Torch's own
+// is chosen for outputs alone, by "auto".
 Algorithm choose_algorithm(const char* op, const Conv& conv, const std::string& name,
                            ScalarType type, Result result);
 
@@ -65,6 +66,9 @@ void direct_forward(const Conv& conv, const Tensor& weight, const T* x,
 template <class T>
 void direct_input_grad(const Conv& conv, const Tensor& weight, const T* g, int64_t g_stride,
                        const cpu::Epilogue<T>& epilogue, T* dx);
+
+// The output by torch's convolution, without an epilogue: float32, channels-last images.
+Tensor torch_forward(const Conv& conv, const Tensor& weight, const Tensor& x);
 
 // The same by one of Winograd's algorithms.
 template <class T>

@@ -161,6 +161,25 @@ void run(cpu::Direct<T>& a, const Conv& conv, const cpu::PackPanels<T>& weights,
                               });
 }
 
+// Pixels that no tap meets: their sum is the residual, or 0.
+template <class T>
+void write_without_taps(const cpu::Direct<T>& a, const Conv& conv) {
+  const T* const residual = a.epilogue->residual;
+  torch::stable::parallel_for(
+      0, conv.n * a.rows, grain(a.cols * conv.c), [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+          const int64_t row = r / a.rows * a.out_h + a.out_origin_h + r % a.rows * a.out_step_h;
+          for (int64_t j = 0; j < a.cols; ++j) {
+            const int64_t at = (row * a.out_w + a.out_origin_w + j * a.out_step_w) * conv.c;
+            if (residual)
+              std::copy_n(residual + at, conv.c, a.output + at);
+            else
+              std::fill_n(a.output + at, conv.c, T(0));
+          }
+        }
+      });
+}
+
 }  // namespace
 
 // Below so many channels a tap is too short a run: a kernel's whole rows are read at a time.
@@ -208,7 +227,10 @@ void direct_input_grad(const Conv& conv, const Tensor& weight, const T* g, int64
       a.out_step_h = conv.stride[0], a.out_step_w = conv.stride[1];
       a.out_origin_h = phase_h, a.out_origin_w = phase_w;
       a.epilogue = &epilogue;
-      run(a, conv, packing<T>(conv, weight, taps, true), taps);
+      if (taps.h.empty())
+        write_without_taps(a, conv);
+      else
+        run(a, conv, packing<T>(conv, weight, taps, true), taps);
     }
 }
 

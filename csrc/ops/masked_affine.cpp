@@ -1,6 +1,6 @@
-#include "epilogue_grad.h"
 #include "image.h"
 #include "ops.h"
+#include "passes.h"
 
 namespace mnp::ops {
 namespace {
@@ -36,12 +36,7 @@ Tensor masked_affine(const Tensor& x, const MaybeTensor& mask, const MaybeTensor
     e.scale = data<T>(a), e.shift = data<T>(c), e.bias = data<T>(b);
     e.residual = data_or_null<T>(r);
     e.relu = relu;
-    const int64_t rows = layout.batch * (layout.channels_last ? layout.inner : layout.neurons);
-    const int64_t row_size = layout.channels_last ? layout.neurons : layout.inner;
-    torch::stable::parallel_for(0, rows, grain(row_size), [&](int64_t begin, int64_t end) {
-      cpu::kernels_of<T>().epilogue_forward(layout, e, data<T>(plan.x), mutable_data<T>(y), begin,
-                                            end);
-    });
+    run_epilogue(layout, e, data<T>(plan.x), mutable_data<T>(y));
   });
   return as_type(y, x.scalar_type());
 }

@@ -1,10 +1,10 @@
 #include <algorithm>
 
 #include "conv.h"
-#include "epilogue_grad.h"
 #include "image.h"
 #include "living.h"
 #include "masked_conv2d.h"
+#include "passes.h"
 
 namespace mnp::ops {
 namespace {
@@ -45,9 +45,6 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_forward(
   const Algorithm chosen = choose_algorithm(op, conv, algorithm, type, Result::output);
 
   const Ints sizes{conv.n, conv.k, conv.oh, conv.ow};
-  Tensor y = empty_image(sizes, type);
-  Tensor u = keep_u ? empty_image(sizes, type) : empty({0}, type);
-  Tensor active = keep_active ? empty_image(sizes, ScalarType::Byte) : empty({0}, ScalarType::Byte);
   MaybeTensor r;
   if (residual) {
     MNP_CHECK(sizes_of(*residual) == sizes, op, ": residual must have the output's shape ",
@@ -59,27 +56,40 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_forward(
   const Tensor input = to_channels_last(as_type(x, type));
   const Tensor kernel = even_taps(as_type(weight, type));
   const Living living(conv, m, chosen);
+  // Where u is kept, the gradients of masks at 0 need it too.
+  const bool whole = keep_u || living.all();
+  MaybeTensor product;
+  if (chosen == Algorithm::torch && whole) product = torch_forward(conv, kernel, input);
+  if (chosen == Algorithm::torch && !whole && living.conv.k > 0)
+    product = torch_forward(living.conv, living.filters(kernel), input);
+  const Tensor y = product && whole && !keep_u ? *product : empty_image(sizes, type);
+  const Tensor u = !keep_u ? empty({0}, type) : product ? *product : empty_image(sizes, type);
+  const Tensor active =
+      keep_active ? empty_image(sizes, ScalarType::Byte) : empty({0}, ScalarType::Byte);
   with_type(type, [&](auto zero) {
     using T = decltype(zero);
     const auto convolve = [&](const Conv& part, const Tensor& filters,
                               const cpu::Epilogue<T>& epilogue, T* out) {
-      if (chosen == Algorithm::direct)
-        direct_forward(part, filters, data<T>(input), epilogue, out);
-      else
+      if (chosen == Algorithm::winograd2 || chosen == Algorithm::winograd4)
         winograd_forward(part, chosen, filters, data<T>(input), epilogue, out);
+      else
+        direct_forward(part, filters, data<T>(input), epilogue, out);
     };
     cpu::Epilogue<T> epilogue{};
     epilogue.mask = data<T>(m.values), epilogue.mask_stride = m.stride;
     epilogue.scale = data<T>(a), epilogue.shift = data<T>(c), epilogue.bias = data<T>(b);
     epilogue.residual = data_or_null<T>(r);
-    epilogue.u = keep_u ? mutable_data<T>(u) : nullptr;
+    epilogue.u = keep_u && !product ? mutable_data<T>(u) : nullptr;
     epilogue.active = keep_active ? mutable_data<uint8_t>(active) : nullptr;
     epilogue.relu = relu;
-    // Where u is kept, the gradients of masks at 0 need it too.
-    if (keep_u || living.all()) return convolve(conv, kernel, epilogue, mutable_data<T>(y));
-    const auto part = buffer<T>(conv.n * conv.oh * conv.ow * living.conv.k);
-    if (living.conv.k > 0) convolve(living.conv, living.filters(kernel), {}, part.get());
-    living.expand(part.get(), epilogue, mutable_data<T>(y));
+    if (product && whole)
+      return run_epilogue({conv.n, conv.k, conv.oh * conv.ow, true}, epilogue, data<T>(*product),
+                          mutable_data<T>(y));
+    if (whole) return convolve(conv, kernel, epilogue, mutable_data<T>(y));
+    const auto part = buffer<T>(product ? 0 : conv.n * conv.oh * conv.ow * living.conv.k);
+    if (!product && living.conv.k > 0)
+      convolve(living.conv, living.filters(kernel), {}, part.get());
+    living.expand(product ? data<T>(*product) : part.get(), epilogue, mutable_data<T>(y));
   });
   return {as_type(y, x.scalar_type()), u, active};
 }

@@ -67,6 +67,18 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def call(operator: Callable[..., Any], *arguments: Any) -> Any:
+    """An operator of this library, past autograd's formula where no gradient is asked for.
+
+    The formula is in Python and takes as long as a small layer.
+    """
+    given = (argument for argument in arguments if isinstance(argument, Tensor))
+    if torch.compiler.is_compiling() or wants_grad(*given):
+        return operator(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
+
+
 def in_transform() -> bool:
     """Whether a transform of `torch.func` is at work: they see through torch's operators alone."""
     return torch._C._are_functorch_transforms_active()
@@ -74,6 +86,8 @@ def in_transform() -> bool:
 
 def autocast(t: Tensor) -> Tensor:
     """A tensor in the dtype in which autocast, if it is enabled, has convolutions computed."""
+    if not torch._C._is_any_autocast_enabled():
+        return t
     device = t.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return t

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import backends, reference
 from ._common import (
+    call,
     compute_dtype,
     default_kernel,
     in_transform,
@@ -76,7 +77,12 @@ def plain_affine(
     return y.to(x.dtype)
 
 
-backends.register_compiled("masked_affine", torch.ops.mnp_fast.masked_affine, plain_affine)
+def _compiled(*arguments: Any) -> Tensor:
+    y: Tensor = call(torch.ops.mnp_fast.masked_affine.default, *arguments)
+    return y
+
+
+backends.register_compiled("masked_affine", _compiled, plain_affine)
 
 
 def _dense(x: Tensor) -> Tensor:

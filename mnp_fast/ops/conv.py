@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from .. import backends, reference
 from ._common import (
     autocast,
+    call,
     compute_dtype,
     default_kernel,
     empty_like_layout,
@@ -88,8 +89,8 @@ def masked_conv2d(
         below 1e-5 for `"winograd4"` and 1e-6 for the others; in Winograd's an infinity becomes a
         NaN and reaches the outputs of its tile, or of weight gradients the filter's nine taps of a
         channel. Gradients of input and weight are computed by it too, but that of the input with
-        stride 2 and an even padding is direct. `"auto"` chooses for each of them by the shape, and
-        the direct one in float64.
+        stride 2 and an even padding is direct. `"auto"` chooses for each of them by the shape, for
+        the output also torch's own convolution where that is faster, and the direct one in float64.
 
     Returns
     -------
@@ -114,7 +115,8 @@ def masked_conv2d(
 def _compiled(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
     *_, algorithm = others
     keep_u = wants_grad(*others[:2])  # mask and scale
-    return torch.ops.mnp_fast.masked_conv2d(x, weight, *others[:-1], keep_u, algorithm)[0]
+    arguments = (x, weight, *others[:-1], keep_u, algorithm)
+    return call(torch.ops.mnp_fast.masked_conv2d.default, *arguments)[0]
 
 
 def _plain(x: Tensor, *others: Any) -> Tensor:

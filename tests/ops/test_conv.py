@@ -53,6 +53,38 @@ def test_every_dtype(name, dtype):
     compare(conv_inputs(CONVS[name], dtype), CONVS[name], "relu", TOLERANCE[dtype], "direct")
 
 
+LARGE = {  # enough work for torch's convolution to be called where it wins
+    "image": Conv(8, 3, 40, 41, 24),
+    "one channel": Conv(8, 1, 40, 41, 40, kernel=(5, 5), padding=(2, 2)),
+    "1x1 stride 2": Conv(9, 48, 33, 32, 48, kernel=(1, 1), stride=(2, 2), padding=(0, 0)),
+    "5x5": Conv(3, 24, 17, 16, 24, kernel=(5, 5), padding=(2, 2)),
+    "groups of 8": Conv(8, 32, 33, 32, 32, groups=4),
+    "depthwise": Conv(8, 64, 33, 32, 64, groups=64),
+}
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("name", LARGE)
+def test_float32_with_much_work(name, per_sample):
+    conv = LARGE[name]
+    inputs = conv_inputs(conv, torch.float32, per_sample)
+    compare(inputs, conv, "relu", 1e-5)  # gradients of weights are Winograd's
+    inputs["residual"] = None
+    compare(inputs, conv, "none", 1e-5)
+
+
+@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("dead", [0, 0.9, 1])
+def test_float32_with_much_work_and_dead_neurons(name, dead):
+    conv = LARGE[name]
+    inputs = conv_inputs(conv, torch.float32)
+    inputs["mask"][: round(dead * conv.k)] = 0
+    doubles = {name: t.double() for name, t in inputs.items()}
+    expected = reference.masked_conv2d(**doubles, **conv.geometry, activation="relu")
+    y = masked_conv2d(**inputs, **conv.geometry, activation="relu")
+    assert relative_error(y, expected) <= 1e-6
+
+
 @pytest.mark.parametrize("given", list(itertools.product([False, True], repeat=5)))
 def test_any_subset_of_vectors(given):
     conv = CONVS["odd"]

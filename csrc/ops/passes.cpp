@@ -1,8 +1,17 @@
-#include "epilogue_grad.h"
+#include "passes.h"
 
 #include <algorithm>
 
 namespace mnp::ops {
+
+template <class T>
+void run_epilogue(const NeuronLayout& layout, const cpu::Epilogue<T>& epilogue, const T* u, T* y) {
+  const int64_t rows = layout.batch * (layout.channels_last ? layout.inner : layout.neurons);
+  const int64_t row_size = layout.channels_last ? layout.neurons : layout.inner;
+  torch::stable::parallel_for(0, rows, grain(row_size), [&](int64_t begin, int64_t end) {
+    cpu::kernels_of<T>().epilogue_forward(layout, epilogue, u, y, begin, end);
+  });
+}
 
 template <class T>
 void run_epilogue_grad(const cpu::EpilogueGrad<T>& a) {
@@ -19,6 +28,9 @@ void run_epilogue_grad(const cpu::EpilogueGrad<T>& a) {
                               });
 }
 
+template void run_epilogue(const NeuronLayout&, const cpu::Epilogue<float>&, const float*, float*);
+template void run_epilogue(const NeuronLayout&, const cpu::Epilogue<double>&, const double*,
+                           double*);
 template void run_epilogue_grad(const cpu::EpilogueGrad<float>&);
 template void run_epilogue_grad(const cpu::EpilogueGrad<double>&);
 
