@@ -38,9 +38,11 @@ Algorithm fastest(const Work& work, bool by_two, bool backward) {
 bool torch_wins(const Conv& conv) {
   constexpr int64_t kWorthACall = int64_t{4} << 20;  // multiply-adds
   const int64_t lanes = cpu::kernels_of<float>().panel / 2;
-  const int64_t products = conv.n * conv.oh * conv.ow * conv.k * conv.group_in() * conv.taps();
+  const int64_t pixels = conv.n * conv.oh * conv.ow;
+  const int64_t products = pixels * conv.k * conv.group_in() * conv.taps();
   if (lanes < 8 || products < kWorthACall) return false;
-  const bool strides = conv.taps() == 1 && (conv.stride[0] > 1 || conv.stride[1] > 1);
+  const bool strides =
+      conv.taps() == 1 && (conv.stride[0] > 1 || conv.stride[1] > 1) && pixels > 32 * conv.k;
   if (conv.groups == 1 && (strides || (conv.c < 16 && conv.kw > 1))) return true;
   if (lanes < 16) return false;
   if (conv.groups == 1) return conv.taps() > 9;
