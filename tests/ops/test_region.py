@@ -8,7 +8,7 @@ import mnp_fast
 from mnp_fast.fusion import run_region
 from mnp_fast.region import Region, Step
 
-from .ops.cases import relative_error
+from .cases import relative_error
 
 
 def layers(channels, neurons, site, *, stride=1, bias=False, affine=True, norm=True, groups=1):
