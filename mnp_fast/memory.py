@@ -15,12 +15,13 @@ def set_memory_budget(size: int) -> None:
 
     Kernels need memory for packed weights, transformed images and gradients. It is kept for later
     calls, because fresh memory costs a page fault every 4 KiB; beyond the limit it is freed when
-    its call ends. It is one limit for the whole process, 512 MiB at first.
+    its call ends. It is one limit for the whole process, 512 MiB at first. Blocks of up to 64 KiB
+    are not counted: each thread keeps at most 1 MiB of them.
 
     Parameters
     ----------
     size
-        Bytes; 0 keeps nothing.
+        Bytes; 0 keeps nothing but such small blocks.
 
     Raises
     ------

@@ -1,7 +1,7 @@
 """Blocks that follow each other in a fused model, as one operator and one node of autograd.
 
-Neither Python nor torch then does anything between them, and the gradient of a value that several
-blocks read is summed in the kernel that makes its last part.
+Python then does nothing between them, and the gradient of a value that several blocks read is
+summed in the kernel that makes its last part.
 """
 
 from __future__ import annotations

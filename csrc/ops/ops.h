@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
     int64_t groups, bool need_x, bool need_weight, bool need_residual, bool need_sums,
     const std::string& algorithm);
 
-// Blocks that follow each other in a network: no torch, and no Python, in between.
+// Blocks that follow each other in a network, with no Python in between.
 //
 // Values are numbered from 0: the inputs, images (N, C, H, W), then the output of every block.
 //
