@@ -32,12 +32,13 @@ PEERS: dict[str, ModuleType] = {
 }
 GROUPS: dict[str, tuple[str, ...]] = {
     "peers": (*PEERS, *(f"{name}{RULE}" for name in PEERS if name != "fine-tuning")),
-    # Without exposure, clean preserving, the penalty, the repair; and the paper's exposure.
+    # Without exposure, clean preserving, the penalty, the repair, drift; and the paper's exposure.
     "ablation": (
         "mnp:alpha=1",
         "mnp:alpha=0",
         "mnp:weight_penalty=0",
         "mnp:repair_epochs=0",
+        "mnp:drift_weight=0",
         "mnp:exposure=weights",
     ),
     "sensitivity": (

@@ -27,10 +27,10 @@ Handwritten digits, ResNet-18 of width 16, 10 % of the training images poisoned,
 defense has 100 clean images that were not trained on and default settings. Accuracy (ACC) and
 attack success rate (ASR) in percent, on 500 held-back images; the number of neurons pruned, and
 whether the rest was repaired; the class the defense suspects. `none` is a model without a backdoor.
-Defaults were chosen on seeds 10 to 16, with exceptions that networks of seeds 0 and 1 led to:
+Defaults were chosen on seeds 10 to 16, with exceptions that networks of seeds 0 to 2 led to:
 `max_pruned` and `few`, `max_exposed`, `max_drop` with its standard error, `conspicuous`,
-`untargeted`, `unsure_drop`, the repair and the second look. Seconds with one thread; the networks
-depend on their number as well. Printed by `python -m benchmarks.demo_results`.
+`untargeted`, `unsure_drop`, the repair, the second look and what norms remember. Seconds with one
+thread; the networks depend on their number as well. Printed by `python -m benchmarks.demo_results`.
 
 | attack | seed | ACC before | ACC after | ASR before | ASR after | pruned | suspect | defense (s) |
 |---|---|---|---|---|---|---|---|---|

@@ -77,6 +77,13 @@ class DefenseConfig:
         Where no class is conspicuous: an offset that leads away from all classes is, if its
         distance is at most this, in [0, 1]: its size over the median of the suspects', less half
         of how evenly, in [0, 1], it sends images to all classes.
+    drift_weight, drift_favour, drift_agreement
+        Of what batch norms remember of the training images (see `docs/method.md`). Offsets that a
+        conspicuous backdoor is worked against shall do to the norms' means what these images did:
+        the first is that agreement's weight, at least 0; with 0, drift is not looked at. Where no
+        class is conspicuous otherwise, one is that a network moved along its drift gives at least
+        the second, a softmax in [0, 1]; and a trigger that shifts every class is, if an offset away
+        from all classes comes to at least the third, a cosine in [-1, 1].
     repair_alpha, repair_epochs, repair_lr
         Of a repair, which follows the cut where the suspect is conspicuous: the weight in [0, 1]
         of clean preserving, and Adam's on scales and shifts of norms, and on biases. Without
@@ -123,6 +130,9 @@ class DefenseConfig:
     suppressions_again: int = 8
     conspicuous_again: float = 0.42
     untargeted: float = 0.7
+    drift_weight: float = 5.0
+    drift_favour: float = 0.25
+    drift_agreement: float = 0.83
     repair_alpha: float = 0.9
     repair_epochs: int = 20
     repair_lr: float = 0.01
@@ -181,6 +191,9 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "suppressions_again": (0, _BIG, "at least 0"),
     "conspicuous_again": (-1.0, 1.0, "between -1 and 1"),
     "untargeted": (0.0, 1.0, "between 0 and 1"),
+    "drift_weight": _NOT_NEGATIVE,
+    "drift_favour": (0.0, 1.0, "between 0 and 1"),
+    "drift_agreement": (-1.0, 1.0, "between -1 and 1"),
     "repair_alpha": (0.0, 1.0, "between 0 and 1"),
     "repair_epochs": (0, _BIG, "at least 0"),
     "repair_lr": _POSITIVE,

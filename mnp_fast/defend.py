@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ import torch
 from .config import DefenseConfig
 from .data import CleanSet, check_model, clean_set, evaluate
 from .distributed import Processes
+from .drift import Drift
 from .exposure import OffsetExposure, WeightExposure
 from .fingerprint import fingerprint, tensors_of
 from .frozen import frozen_weights
@@ -34,6 +36,7 @@ from .suspects import (
     is_conspicuous,
     is_doubtful,
     is_untargeted,
+    remembered,
 )
 from .wrap import masks, unwrap, wrap
 
@@ -119,6 +122,8 @@ class _State:
     offsets: dict[int, dict[str, Any]] = field(default_factory=dict)
     untargeted_size: float | None = None
     untargeted_spread: float | None = None
+    drift_favours: dict[int, float] = field(default_factory=dict)  # of all classes
+    drift_agreement: float | None = None  # of the offset away from all classes
     target: int | None = None
     conspicuous: bool = False
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -158,6 +163,10 @@ class _Defense:
                 self._resume(self.checkpoint)
         self.state = processes.gather(self.state)[0]
         self.progress = progress_bars(console if first else None)
+        self.drift = None
+        if config.exposure == "offset" and config.drift_weight:
+            drift = Drift(model, data)
+            self.drift = drift if drift.norms else None
 
     def run(self) -> DefenseResult:
         with self.progress, frozen_weights(self.masked):
@@ -204,7 +213,12 @@ class _Defense:
             suppressed = self._suppressed()
             return WeightExposure(self.masked, suppressed, self.data, state.target, config)
         favours = self._suppress(config.suppressions)
-        state.favours = dict(list(favours.items())[: config.suspects])
+        if self.drift is not None and not state.drift_favours:
+            found = self.data.processes.gather(self.drift.favours())[0]
+            state.drift_favours = dict(enumerate(found))
+        first = remembered(state.drift_favours, config)
+        shortlist = sorted(favours, key=lambda label: label != first)
+        state.favours = {label: favours[label] for label in shortlist[: config.suspects]}
         suspects: list[int | None] = [*state.favours, None]
         with self._task("Exposing", len(suspects), state.epochs["expose"]) as advance:
             for suspect in suspects[state.epochs["expose"] :]:
@@ -219,6 +233,8 @@ class _Defense:
                 advance()
         exposure = OffsetExposure(self.masked, self.data, state.target, config)
         exposure.load(state.exposure)
+        if exposure.guided is not None:
+            exposure.guide = self.drift
         return exposure
 
     def _suspect(self) -> None:
@@ -228,17 +244,42 @@ class _Defense:
         state.target = min(found, key=found.__getitem__)
         state.conspicuous = is_conspicuous(state.offset_sizes, state.favours, config)
         if not state.conspicuous:
+            self._remember()
+        if not state.conspicuous:
             self._look_again()
-        state.exposure = state.offsets[state.target]
+        exposure = OffsetExposure(self.masked, self.data, state.target, config)
+        exposure.load(state.offsets[state.target])
         state.offsets = {}
-        if state.conspicuous or not config.untargeted:
+        if not state.conspicuous and config.untargeted:
+            away = OffsetExposure(self.masked, self.data, None, config)
+            if self._is_untargeted(away):
+                state.target, state.conspicuous, exposure = None, True, away
+        elif state.conspicuous and self.drift is not None:
+            exposure.follow(self.drift)
+        state.exposure = exposure.state()
+
+    def _remember(self) -> None:
+        """Suspect the class that batch norms remember, where an offset leads to it."""
+        state = self.state
+        label = remembered(state.drift_favours, self.config)
+        if label is None or not can_tell(state.offset_sizes):
             return
-        exposure = OffsetExposure(self.masked, self.data, None, config)
-        state.untargeted_size, state.untargeted_spread = exposure.start(), exposure.spread()
-        if is_untargeted(
+        if math.isfinite(state.offset_sizes.get(label, math.inf)):
+            state.target, state.conspicuous = label, True
+
+    def _is_untargeted(self, away: OffsetExposure) -> bool:
+        """Whether the offset away from all classes is conspicuous, by itself or by the drift."""
+        state, config = self.state, self.config
+        state.untargeted_size, state.untargeted_spread = away.start(), away.spread()
+        found = is_untargeted(
             state.untargeted_size, state.untargeted_spread, state.offset_sizes, config
-        ):
-            state.target, state.exposure, state.conspicuous = None, exposure.state(), True
+        )
+        if self.drift is not None:
+            state.drift_agreement = away.follow(self.drift)
+            found |= can_tell(state.offset_sizes) and (
+                state.drift_agreement >= config.drift_agreement
+            )
+        return found
 
     def _look_again(self) -> None:
         """Suppress more where that might make a class conspicuous."""
@@ -315,6 +356,8 @@ class _Defense:
             offset_sizes=self.state.offset_sizes,
             untargeted_size=self.state.untargeted_size,
             untargeted_spread=self.state.untargeted_spread,
+            drift_favours=self.state.drift_favours,
+            drift_agreement=self.state.drift_agreement,
             history=[EpochRecord(**record) for record in self.state.history],
             seconds=seconds,
             config=self.config,

@@ -23,6 +23,7 @@ from .wrap import masked_layers, masks, wrap
 if TYPE_CHECKING:
     from .config import DefenseConfig
     from .data import CleanSet
+    from .drift import Drift
 
 MARGIN = 2.0  # logits by which a searched offset shall make its class overtake all others
 POOL = 3  # offsets kept: masks that stop only the last one found let earlier ones work again
@@ -112,6 +113,8 @@ class OffsetExposure:
         self.reach = max(self.high - self.low, torch.finfo(data.images.dtype).tiny)
         self.first = torch.zeros_like(data.images[:1])
         self.offsets = [self.first]
+        self.guide: Drift | None = None
+        self.guided: Tensor | None = None
 
     def start(self) -> float:
         """Search the first offset; returns its size, infinite where it does not succeed.
@@ -122,9 +125,19 @@ class OffsetExposure:
         self.offsets = [self.first]
         return self._size(self.first)
 
+    def follow(self, drift: Drift) -> float:
+        """Search offsets that agree with a drift from now on; the agreement of the first of them.
+
+        It starts from the offset that `start` found, and all later ones from it in place of zero.
+        """
+        self.guide = drift
+        self.guided = self._search(self.config.offset_steps, self.first)
+        self.offsets = [self.guided, self.first]
+        return drift.agreement(self._shifted(self.others, self.guided)).item()
+
     def again(self) -> None:
         """Search as `start` does, and keep what is found beside the last offsets."""
-        self._keep(self._search(self.config.offset_steps))
+        self._keep(self._search(self.config.offset_steps, self.guided))
 
     def renew(self, epoch: int) -> None:
         """Search once more, before every epoch but 0; every other time from the offset before."""
@@ -132,9 +145,9 @@ class OffsetExposure:
             return
         steps = self.config.offset_steps
         if epoch % 2:
-            found = self._search(steps // 2)
+            found = self._search(steps // 2, self.guided)
         else:
-            found = self._search(steps // 6, self.offsets[-1])
+            found = self._search(steps // (6 if self.guide is None else 3), self.offsets[-1])
         self._keep(found)
 
     def logits(self, images: Tensor, step: int) -> Tensor:
@@ -162,13 +175,14 @@ class OffsetExposure:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs."""
-        return {"first": self.first, "offsets": self.offsets}
+        return {"first": self.first, "offsets": self.offsets, "guided": self.guided}
 
     def load(self, state: dict[str, Any]) -> None:
         """The counterpart of `state`."""
         device = self.others.device
         self.first = state["first"].to(device)
         self.offsets = [offset.to(device) for offset in state["offsets"]]
+        self.guided = None if state["guided"] is None else state["guided"].to(device)
 
     def _shifted(self, images: Tensor, offset: Tensor) -> Tensor:
         # Not clamp: torch 2.14 stops its gradient at the bounds, where backgrounds often are.
@@ -198,7 +212,8 @@ class OffsetExposure:
 
         Adam on a hinge that asks the suspect class to overtake all others by `MARGIN` (without
         one, any class to overtake the image's own), plus `offset_decay` times the offset's mean
-        square in units of the images' range.
+        square in units of the images' range, plus `drift_weight` times what the offset lacks of
+        agreement with the drift that it follows.
         """
         offset = torch.zeros_like(self.others[:1]) if start is None else start.clone()
         offset.requires_grad_(True)
@@ -217,8 +232,9 @@ class OffsetExposure:
         return offset.detach()
 
     def _distance(self, images: Tensor, labels: Tensor, offset: Tensor) -> Tensor:
-        """What the search makes small: the hinge, and the offset's size."""
-        logits = self.model(self._shifted(images, offset))
+        """What the search makes small: the hinge, the offset's size, disagreement with a drift."""
+        shifted = self._shifted(images, offset)
+        logits = self.model(shifted)
         chosen = F.one_hot(
             labels if self.target is None else torch.full_like(labels, self.target),
             logits.shape[1],
@@ -226,7 +242,11 @@ class OffsetExposure:
         of_class, rivals = logits[chosen], logits.masked_fill(chosen, -torch.inf).amax(1)
         behind = of_class - rivals if self.target is None else rivals - of_class
         hinge = (behind + MARGIN).relu().mean()
-        return hinge + self.config.offset_decay * self._mean_square(offset)
+        distance = hinge + self.config.offset_decay * self._mean_square(offset)
+        if self.guide is None:
+            return distance
+        weight = self.config.drift_weight * self.guide.trust
+        return distance + weight * (1 - self.guide.agreement(shifted))
 
 
 def _share(logits: Tensor, target: int) -> float:

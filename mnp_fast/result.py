@@ -97,6 +97,12 @@ class DefenseResult:
         Size of the offset that leads away from all classes; None if it was not searched.
     untargeted_spread
         How evenly it sends images to all classes, in [0, 1]; None likewise.
+    drift_favours
+        By class, the mean softmax over other classes' images of the network moved along the drift
+        of its batch norms; NaN for a class without other images. Empty without such norms.
+    drift_agreement
+        How far an offset away from all classes that follows the drift agrees with it, a cosine in
+        [-1, 1]; None if it was not searched.
     history
         One record an epoch.
     seconds
@@ -116,6 +122,8 @@ class DefenseResult:
     offset_sizes: dict[int, float]
     untargeted_size: float | None
     untargeted_spread: float | None
+    drift_favours: dict[int, float]
+    drift_agreement: float | None
     history: list[EpochRecord]
     seconds: dict[str, float]
     config: DefenseConfig
@@ -165,6 +173,11 @@ class DefenseResult:
             },
             "untargeted_size": self.untargeted_size,
             "untargeted_spread": self.untargeted_spread,
+            "drift_favours": {
+                str(label): None if math.isnan(given) else given
+                for label, given in self.drift_favours.items()
+            },
+            "drift_agreement": self.drift_agreement,
             "curve": [asdict(point) for point in self.curve],
             "history": [asdict(record) for record in self.history],
             "seconds": dict(self.seconds),

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-SUPPRESS, FIT, REPAIR = 1, 2, 3
+SUPPRESS, FIT, REPAIR, DRIFT = 1, 2, 3, 4
 
 
 def mixed(*seed: int) -> int:

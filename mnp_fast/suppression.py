@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data import CleanSet, evaluate, predict
@@ -99,8 +99,12 @@ def favour(suppressed: nn.Module, data: CleanSet) -> list[float]:
     In a backdoored network the attacker's class is among the first as a rule. NaN for a class that
     all images belong to.
     """
-    probabilities = predict(suppressed, data.images, data.processes).softmax(1)
-    own = F.one_hot(data.labels, probabilities.shape[1]).bool()
+    return given(predict(suppressed, data.images, data.processes).softmax(1), data.labels)
+
+
+def given(probabilities: Tensor, labels: Tensor) -> list[float]:
+    """What each class is given: mean probability over images of the others; NaN without any."""
+    own = F.one_hot(labels, probabilities.shape[1]).bool()
     favours: list[float] = (probabilities.masked_fill(own, 0).sum(0) / (~own).sum(0)).tolist()
     return favours
 

@@ -67,6 +67,13 @@ def conspicuous_again(
     return nearest if found[nearest] <= config.conspicuous_again else None
 
 
+def remembered(favours: Mapping[int, float], config: DefenseConfig) -> int | None:
+    """The class that a network moved along its drift gives most, if that is much."""
+    known = {label: given for label, given in favours.items() if not math.isnan(given)}
+    most = max(known, key=known.__getitem__, default=None)
+    return most if most is not None and known[most] >= config.drift_favour else None
+
+
 def is_untargeted(
     size: float, spread: float, sizes: Mapping[int, float], config: DefenseConfig
 ) -> bool:

@@ -117,7 +117,7 @@ def suppressed_runs(result):
 
 
 # Nothing is conspicuous.
-NEVER = {"conspicuous": 0.0, "untargeted": 0.0, "suppressions_again": 0}
+NEVER = {"conspicuous": 0.0, "untargeted": 0.0, "suppressions_again": 0, "drift_favour": 1.0}
 AGAIN = {**NEVER, "suppressions_again": 3, "conspicuous_again": 1.0}  # but at the second look
 
 
@@ -209,7 +209,7 @@ def test_a_repair_that_costs_too_much_leaves_the_cut(monkeypatch):
 
 @pytest.mark.usefixtures("no_cut_will_do")
 def test_an_offset_away_from_all_classes_is_the_last_suspect():
-    settings = {**REPAIRED, **NEVER, "untargeted": 1.0, "repair_epochs": 2}
+    settings = {**REPAIRED, **NEVER, "untargeted": 1.0, "drift_agreement": 1.0, "repair_epochs": 2}
     result = defend(backdoored().eval(), DATA, small(**settings))
     sizes = sorted(result.offset_sizes.values())
     assert 0 < result.untargeted_size <= (sizes[1] + sizes[2]) / 2
@@ -221,6 +221,75 @@ def test_an_offset_away_from_all_classes_is_the_last_suspect():
     result = defend(backdoored().eval(), DATA, small(**settings))
     assert result.untargeted_size is None
     assert result.target == 0
+
+
+@pytest.mark.usefixtures("no_cut_will_do")
+def test_a_class_that_norms_remember_is_suspect():
+    settings = {**REPAIRED, **NEVER, "repair_epochs": 2}
+    result = defend(backdoored().eval(), DATA, small(**settings))
+    assert not result.conspicuous
+    favours = result.drift_favours
+    assert max(favours, key=favours.__getitem__) == 0
+    result = defend(backdoored().eval(), DATA, small(**{**settings, "drift_favour": favours[0]}))
+    assert result.conspicuous
+    assert result.target == 0
+    assert result.repaired is not None
+    assert result.drift_favours == favours
+    assert json.loads(json.dumps(result.summary()))["drift_favours"]["0"] == favours[0]
+
+
+def test_what_norms_remember_is_among_few_suspects(monkeypatch):
+    favours = dict.fromkeys([2, 3, 0, 1], 0.0)
+    monkeypatch.setattr(module, "favoured_classes", lambda *_: favours)
+    result = defend(backdoored(), DATA, small(suspects=2, drift_favour=0.03))
+    assert list(result.offset_sizes) == [0, 2]
+    result = defend(backdoored(), DATA, small(suspects=2, drift_favour=1.0))
+    assert list(result.offset_sizes) == [2, 3]
+
+
+@pytest.mark.usefixtures("no_cut_will_do")
+@pytest.mark.parametrize(("agreement", "conspicuous"), [(-1.0, True), (1.0, False)])
+def test_an_offset_away_from_all_classes_is_suspect_by_its_agreement(agreement, conspicuous):
+    settings = {**REPAIRED, **NEVER, "untargeted": 1e-9, "drift_agreement": agreement}
+    result = defend(backdoored().eval(), DATA, small(**settings, repair_epochs=1))
+    assert result.conspicuous == conspicuous
+    assert (result.target is None) == conspicuous
+    assert -1 < result.drift_agreement < 1
+
+
+@pytest.mark.usefixtures("no_cut_will_do")
+def test_without_its_weight_drift_is_not_looked_at(monkeypatch):
+    settings = {**REPAIRED, "repair_epochs": 1}
+    followed = defend(backdoored(), DATA, small(**settings))
+    monkeypatch.setattr(module, "Drift", lambda *_: pytest.fail("it was measured"))
+    result = defend(backdoored(), DATA, small(**settings, drift_weight=0))
+    assert result.conspicuous
+    assert result.drift_favours == {}
+    assert result.drift_agreement is None
+    assert outcome(result)[0] != outcome(followed)[0]
+
+
+@pytest.mark.usefixtures("no_cut_will_do")
+def test_networks_without_batch_norms_have_no_drift():
+    data = torch.rand(12, 3, 16, 16), torch.arange(12) % 4
+    result = defend(NoNorm(), data, small())
+    assert result.drift_favours == {}
+    assert result.drift_agreement is None
+
+
+@pytest.mark.usefixtures("no_cut_will_do")
+@pytest.mark.parametrize("settings", [{}, {**NEVER, "untargeted": 1e-9, "drift_agreement": -1.0}])
+def test_a_run_that_follows_a_drift_goes_on_after_interruptions(settings, monkeypatch, tmp_path):
+    config = small(**REPAIRED, **settings, repair_epochs=1)
+    expected = defend(backdoored(), DATA, config)
+    assert expected.conspicuous
+    for count in (1, 5, 6, 7, 8):  # searches: of a class, those that follow, in the fit, the repair
+        path = tmp_path / f"{count}.pt"
+        with monkeypatch.context() as patch:
+            interrupted(patch, OffsetExposure, "_search", count, True)
+            with pytest.raises(KeyboardInterrupt):
+                defend(backdoored(), DATA, config, checkpoint=path)
+        assert outcome(defend(backdoored(), DATA, config, checkpoint=path)) == outcome(expected)
 
 
 def test_nothing_is_cut_where_no_cut_stops_the_exposure():

@@ -60,6 +60,8 @@ def make_result(layers: list[str], pruned: int = 3, width: int = 12) -> DefenseR
         offset_sizes={4: 0.25, 2: 0.125, 1: 0.5, 0: math.inf},
         untargeted_size=None,
         untargeted_spread=None,
+        drift_favours={0: 0.25, 1: math.nan},
+        drift_agreement=None,
         history=[
             EpochRecord("suppress", 1, -2.0, 20.0, 0.5),
             EpochRecord("fit", 1, 0.5, 90.0, 0.6),

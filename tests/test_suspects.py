@@ -9,6 +9,7 @@ from mnp_fast.suspects import (
     is_conspicuous,
     is_doubtful,
     is_untargeted,
+    remembered,
 )
 
 NONE = dict.fromkeys(range(6), 0.0)
@@ -86,3 +87,18 @@ def test_favours_count_whole_at_a_second_look(sizes, favour, doubtful, found):
 def test_untargeted(size, spread, sizes, expected):
     config = DefenseConfig(untargeted=0.9)
     assert is_untargeted(size, spread, sizes_of(*sizes), config) == expected
+
+
+@pytest.mark.parametrize(
+    ("favours", "found"),
+    [
+        ([0.1, 0.6, 0.2], 1),
+        ([0.1, 0.3, 0.2], 1),
+        ([0.1, 0.29, 0.2], None),
+        ([math.nan, 0.3, 0.5], 2),
+        ([math.nan], None),
+        ([], None),
+    ],
+)
+def test_remembered(favours, found):
+    assert remembered(sizes_of(*favours), DefenseConfig(drift_favour=0.3)) == found
