@@ -42,8 +42,8 @@ the standard deviation where there are several.
 - **Seeds 0 to 2 are not held back**: `few`, `conspicuous`, `untargeted` and the repair of `mnp`
   were set after a look at what it did to models of these seeds; the second look at doubtful
   suspects after the WaNet model of seed 0 and width 16, which `conspicuous_again` just takes in;
-  what norms remember after the all-to-all models of width 8 (seeds 0 to 2, and seed 0 of VGG-13, of
-  MobileNetV2 and of the pre-activation network), the WaNet model of the latter, and BadNets at width
+  what norms remember after the all-to-all models of width 8 (seeds 0 to 2, and seed 0 of VGG-13,
+  MobileNetV2 and the pre-activation network), the WaNet model of the last, and BadNets at width
   64. Where there are other seeds, a table of its own is of them alone.
 """
 LOOKED_AT = (0, 1, 2)  # seeds of models on which settings were chosen
