@@ -223,6 +223,11 @@ def _offset_rows(result: DefenseResult) -> list[tuple[str, str]]:
     rows = [("Size of its offset", _share_of_range(size))]
     if others:
         rows.append(("Median size of the other offsets", _share_of_range(median(others))))
+    if result.target is None:
+        if result.drift_agreement is not None:
+            rows.append(("Agreement with batch norms' drift", f"{result.drift_agreement:.2f}"))
+    elif not math.isnan(given := result.drift_favours.get(result.target, math.nan)):
+        rows.append(("Given to it along batch norms' drift", f"{100 * given:.0f} %"))
     return [*rows, ("Conspicuous", "yes" if result.conspicuous else "no")]
 
 

@@ -145,7 +145,7 @@ class DefenseResult:
             if self.conspicuous:
                 return (
                     f"None of {total:,} neurons pruned, but there is a suspect ({self.suspect}): "
-                    "its offset is conspicuous, and nothing within the limits stops it."
+                    "it is conspicuous, and nothing within the limits stops its offset."
                 )
             return (
                 f"None of {total:,} neurons pruned: no small set of them carries what was exposed "

@@ -7,7 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from html.parser import HTMLParser
 from pathlib import Path
@@ -60,7 +60,7 @@ def make_result(layers: list[str], pruned: int = 3, width: int = 12) -> DefenseR
         offset_sizes={4: 0.25, 2: 0.125, 1: 0.5, 0: math.inf},
         untargeted_size=None,
         untargeted_spread=None,
-        drift_favours={0: 0.25, 1: math.nan},
+        drift_favours={1: math.nan, 2: 0.625},
         drift_agreement=None,
         history=[
             EpochRecord("suppress", 1, -2.0, 20.0, 0.5),
@@ -167,6 +167,22 @@ def test_tables(page_text: str) -> None:
     assert cells[cells.index("Total time") + 1] == "1.2 s"
     first = cells.index("first")
     assert cells[first + 1 : first + 4] == ["1", "12", "8.3 %"]
+
+
+@pytest.mark.parametrize(
+    ("target", "row"),
+    [
+        (2, ["Given to it along batch norms' drift", "62 %"]),
+        (None, ["Agreement with batch norms' drift", "0.91"]),
+        (1, []),
+    ],
+)
+def test_what_batch_norms_remember(target: int | None, row: list[str], tmp_path: Path) -> None:
+    result = replace(make_result(["a"]), target=target, untargeted_size=0.1, drift_agreement=0.912)
+    write_report(result, tmp_path, title="T")
+    cells = Page((tmp_path / "report.html").read_text()).cells
+    found = [i for i, cell in enumerate(cells) if "drift" in cell]
+    assert [cells[i : i + 2] for i in found] == ([row] if row else [])
 
 
 def test_attack_table_is_there_when_measured(page_text: str) -> None:
