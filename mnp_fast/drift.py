@@ -31,7 +31,7 @@ FACTOR = 5.0  # times the drift that images are moved; half of a poisoning rate 
 ENOUGH = 100  # clean images whose means are not too noisy to follow
 NOISE = 0.5  # standard deviations of images: what the clean means' own noise may grow to by it
 RIDGE = 1e-3  # pulls the classes' frequencies in training to those of the clean set
-NO_DRIFT = 1e-3  # product of lengths, in standard deviations, below which a norm counts for less
+NO_DRIFT = 1e-3  # length in standard deviations below which a norm counts for less
 
 
 class Drift:
