@@ -38,7 +38,9 @@ the standard deviation where there are several.
   nothing else.
 - `+rule`: the peer's order of neurons, cut by the rule of `mnp_fast.defend`, without its repair.
   Without `+rule`, the peer's published cut. `mnp:` with settings of `DefenseConfig` behind it is
-  `mnp` with these in place of the defaults.
+  `mnp` with these in place of the defaults. With `drift_weight=0` it does not look at what norms
+  remember; those cells were run before it did, as what was the default then. Ablation and
+  sensitivity are of that time: compare them with `mnp:drift_weight=0`.
 - **Seeds 0 to 2 are not held back**: `few`, `conspicuous`, `untargeted` and the repair of `mnp`
   were set after a look at what it did to models of these seeds; the second look at doubtful
   suspects after the WaNet model of seed 0 and width 16, which `conspicuous_again` just takes in;
