@@ -275,7 +275,8 @@ class _Defense:
             state.untargeted_size, state.untargeted_spread, state.offset_sizes, config
         )
         if self.drift is not None:
-            state.drift_agreement = away.follow(self.drift)
+            # The same in all processes, which may round differently.
+            state.drift_agreement = self.data.processes.gather(away.follow(self.drift))[0]
             found |= can_tell(state.offset_sizes) and (
                 state.drift_agreement >= config.drift_agreement
             )

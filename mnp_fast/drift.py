@@ -84,8 +84,9 @@ class Drift:
             moved = targets[norm] - _by_image(inputs[0]).mean(0)
             return (inputs[0] + moved.reshape(-1, *[1] * (inputs[0].dim() - 2)),)
 
-        # Shuffled, for a batch is moved by its own mean.
-        batches = self.data.batches(-(-len(self.data) // -(-len(self.data) // BATCH)), DRIFT)
+        # Shuffled, and as large as each other, for a batch is moved by its own mean.
+        parts = math.ceil(len(self.data) / BATCH)
+        batches = self.data.batches(math.ceil(len(self.data) / parts), DRIFT)
         with self._hooked(move, self.norms):
             logits = torch.cat([self.model(images) for images, _ in batches])
         return given(logits.softmax(1), torch.cat([labels for _, labels in batches]))
