@@ -82,8 +82,8 @@ class DefenseConfig:
         conspicuous backdoor is worked against shall do to the norms' means what these images did:
         the first is that agreement's weight, at least 0; with 0, drift is not looked at. Where no
         class is conspicuous otherwise, one is that a network moved along its drift gives at least
-        the second, a softmax in [0, 1]; and a trigger that shifts every class is, if an offset away
-        from all classes comes to at least the third, a cosine in [-1, 1].
+        the second, a softmax in [0, 1]; and a trigger that shifts every class is, if an offset that
+        leads away from all classes to many comes to at least the third, a cosine in [-1, 1].
     repair_alpha, repair_epochs, repair_lr
         Of a repair, which follows the cut where the suspect is conspicuous: the weight in [0, 1]
         of clean preserving, and Adam's on scales and shifts of norms, and on biases. Without

@@ -35,6 +35,7 @@ from .suspects import (
     distances,
     is_conspicuous,
     is_doubtful,
+    is_drift,
     is_untargeted,
     remembered,
 )
@@ -123,7 +124,8 @@ class _State:
     untargeted_size: float | None = None
     untargeted_spread: float | None = None
     drift_favours: dict[int, float] = field(default_factory=dict)  # of all classes
-    drift_agreement: float | None = None  # of the offset away from all classes
+    drift_agreement: float | None = None  # of the offset away from all classes that follows it
+    drift_spread: float | None = None  # of the same
     target: int | None = None
     conspicuous: bool = False
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -165,7 +167,7 @@ class _Defense:
         self.progress = progress_bars(console if first else None)
         self.drift = None
         if config.exposure == "offset" and config.drift_weight:
-            drift = Drift(model, data)
+            drift = Drift(model, self.masked, data)
             self.drift = drift if drift.norms else None
 
     def run(self) -> DefenseResult:
@@ -243,56 +245,56 @@ class _Defense:
         found = distances(state.offset_sizes, state.favours)
         state.target = min(found, key=found.__getitem__)
         state.conspicuous = is_conspicuous(state.offset_sizes, state.favours, config)
-        if not state.conspicuous:
-            self._remember()
-        if not state.conspicuous:
-            self._look_again()
-        exposure = OffsetExposure(self.masked, self.data, state.target, config)
-        exposure.load(state.offsets[state.target])
-        state.offsets = {}
-        if not state.conspicuous and config.untargeted:
-            away = OffsetExposure(self.masked, self.data, None, config)
-            if self._is_untargeted(away):
-                state.target, state.conspicuous, exposure = None, True, away
-        elif state.conspicuous and self.drift is not None:
-            exposure.follow(self.drift)
-        state.exposure = exposure.state()
+        away = None
+        if not state.conspicuous and can_tell(state.offset_sizes):
+            away = self._away() if config.untargeted else None
+            self._look_further()
+        if state.target is None:
+            assert away is not None
+            exposure = away
+        else:
+            exposure = OffsetExposure(self.masked, self.data, state.target, config)
+            exposure.load(state.offsets[state.target])
+            if state.conspicuous and self.drift is not None:
+                exposure.follow(self.drift)
+        state.offsets, state.exposure = {}, exposure.state()
 
-    def _remember(self) -> None:
-        """Suspect the class that batch norms remember, where an offset leads to it."""
-        state = self.state
-        label = remembered(state.drift_favours, self.config)
-        if label is None or not can_tell(state.offset_sizes):
-            return
-        if math.isfinite(state.offset_sizes.get(label, math.inf)):
-            state.target, state.conspicuous = label, True
-
-    def _is_untargeted(self, away: OffsetExposure) -> bool:
-        """Whether the offset away from all classes is conspicuous, by itself or by the drift."""
-        state, config = self.state, self.config
-        state.untargeted_size, state.untargeted_spread = away.start(), away.spread()
-        found = is_untargeted(
-            state.untargeted_size, state.untargeted_spread, state.offset_sizes, config
-        )
+    def _away(self) -> OffsetExposure:
+        """The offset away from all classes; it follows the drift where there is one."""
+        state, away = self.state, OffsetExposure(self.masked, self.data, None, self.config)
+        state.untargeted_size, state.untargeted_spread = away.start(), away.spread(away.first)
         if self.drift is not None:
+            agreement = away.follow(self.drift)
             # The same in all processes, which may round differently.
-            state.drift_agreement = self.data.processes.gather(away.follow(self.drift))[0]
-            found |= can_tell(state.offset_sizes) and (
-                state.drift_agreement >= config.drift_agreement
-            )
-        return found
+            found = self.data.processes.gather((agreement, away.spread(away.offsets[0])))[0]
+            state.drift_agreement, state.drift_spread = found
+        return away
 
-    def _look_again(self) -> None:
-        """Suppress more where that might make a class conspicuous."""
+    def _look_further(self) -> None:
+        """Where no suspect is conspicuous by the first look: the first that is by another."""
+        state, sizes, config = self.state, self.state.offset_sizes, self.config
+        label = remembered(state.drift_favours, config)
+        if is_drift(state.drift_agreement, state.drift_spread, config):
+            state.target = None
+        elif label is not None and math.isfinite(sizes.get(label, math.inf)):
+            state.target = label
+        elif (nearest := self._nearest_again()) is not None:
+            state.target = nearest
+        elif is_untargeted(state.untargeted_size, state.untargeted_spread, sizes, config):
+            state.target = None
+        else:
+            return
+        state.conspicuous = True
+
+    def _nearest_again(self) -> int | None:
+        """The class that more suppressions make conspicuous, where they might."""
         state, config = self.state, self.config
         more = config.suppressions_again
         if not more or not is_doubtful(state.offset_sizes, state.favours, config):
-            return
+            return None
         favours = self._suppress(config.suppressions + more)
         state.favours = {label: favours[label] for label in state.offset_sizes}
-        nearest = conspicuous_again(state.offset_sizes, state.favours, config)
-        if nearest is not None:
-            state.target, state.conspicuous = nearest, True
+        return conspicuous_again(state.offset_sizes, state.favours, config)
 
     def _fit(self, exposure: OffsetExposure | WeightExposure) -> None:
         state = self.state
@@ -359,6 +361,7 @@ class _Defense:
             untargeted_spread=self.state.untargeted_spread,
             drift_favours=self.state.drift_favours,
             drift_agreement=self.state.drift_agreement,
+            drift_spread=self.state.drift_spread,
             history=[EpochRecord(**record) for record in self.state.history],
             seconds=seconds,
             config=self.config,

@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections import Counter
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .norm_means import NormMeans, channel_means, hooked
 from .seeds import DRIFT
 from .suppression import given
 
@@ -31,7 +30,8 @@ FACTOR = 5.0  # times the drift that images are moved; half of a poisoning rate 
 ENOUGH = 100  # clean images whose means are not too noisy to follow
 NOISE = 0.5  # standard deviations of images: what the clean means' own noise may grow to by it
 RIDGE = 1e-3  # pulls the classes' frequencies in training to those of the clean set
-NO_DRIFT = 1e-3  # length in standard deviations below which a norm counts for less
+NO_DRIFT = 1e-3  # length in standard deviations below which a norm's drift counts for less
+NO_CHANGE = 1e-3  # and a change of its input
 
 
 class Drift:
@@ -41,29 +41,28 @@ class Drift:
     ----------
     model
         A plain network; it is copied.
+    masked
+        The same network wrapped, or itself: whose inputs shall agree with the drift.
     data
         The clean set.
 
     Attributes
     ----------
     norms
-        The batch norms with running statistics that run once in a forward pass; where there are
-        none, the methods must not be called.
+        The batch norms, by name, that have running statistics and run once in a forward pass; where
+        there are none, nothing else must be used.
     trust
         In (0, 1], lower where there are so few clean images that their means are noisy.
+    means
+        Runs the masked network: logits, and the means (channels,) of all norms' inputs.
     """
 
-    def __init__(self, model: nn.Module, data: CleanSet) -> None:
+    def __init__(self, model: nn.Module, masked: nn.Module, data: CleanSet) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.data, self.trust = data, min(1.0, len(data) / ENOUGH)
-        candidates = [
-            module
-            for module in self.model.modules()
-            if isinstance(module, _BatchNorm) and module.running_mean is not None
-        ]
-        runs = self._inputs(data.images[:2], candidates)
-        self.norms = [norm for norm in candidates if len(runs[norm]) == 1]
+        self.norms = _norms(self.model, data.images[:2])
         if self.norms:
+            self.means = NormMeans(masked, self.norms)
             self._measure()
 
     @torch.no_grad()
@@ -75,81 +74,81 @@ class Drift:
         drift, less where clean images are few.
         """
         factor = min(FACTOR, NOISE * math.sqrt(len(self.data)))
-        targets: dict[nn.Module, Tensor] = {
-            norm: clean + factor * (_running_mean(norm) - clean)
-            for norm, clean in zip(self.norms, self.clean, strict=True)
-        }
+        targets = (self.clean + factor * (self.running - self.clean)).split(self.sizes)
+        target_of: dict[nn.Module, Tensor] = dict(zip(self.norms.values(), targets, strict=True))
 
         def move(norm: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            moved = targets[norm] - _by_image(inputs[0]).mean(0)
-            return (inputs[0] + moved.reshape(-1, *[1] * (inputs[0].dim() - 2)),)
+            (x,) = inputs
+            moved = target_of[norm] - channel_means(x)
+            return (x + moved.reshape(-1, *[1] * (x.dim() - 2)),)
 
         # Shuffled, and as large as each other, for a batch is moved by its own mean.
         parts = math.ceil(len(self.data) / BATCH)
         batches = self.data.batches(math.ceil(len(self.data) / parts), DRIFT)
-        with self._hooked(move, self.norms):
+        with hooked(self.norms.values(), move):
             logits = torch.cat([self.model(images) for images, _ in batches])
         return given(logits.softmax(1), torch.cat([labels for _, labels in batches]))
 
-    def agreement(self, images: Tensor) -> Tensor:
-        """How far images move the norms' inputs as the training images did, in [-1, 1].
+    def agreement(self, before: Tensor, after: Tensor) -> Tensor:
+        """How far the norms' inputs were moved as the training images moved them, in [-1, 1].
 
         The mean over norms of the cosine between the drift that other frequencies of the classes
-        do not explain and the change of the channel means against the clean images', both in units
-        of the norm's standard deviation. Differentiable by the images (N, *).
+        do not explain and the change of the means (channels,), both in units of the norm's standard
+        deviation. Differentiable.
         """
-        found = self._inputs(images, self.norms)
-        cosines = [
-            F.cosine_similarity(
-                (found[norm][0].mean(0) - clean) / _deviation(norm), drift, dim=0, eps=NO_DRIFT
-            )
-            for norm, clean, drift in zip(self.norms, self.clean, self.drift, strict=True)
-        ]
-        return torch.stack(cosines).mean()
+        change = (after - before) / self.deviation
+        squares = self._by_norm(change.square()).clamp(min=NO_CHANGE**2)
+        return (self._by_norm(change * self.direction) / squares.sqrt()).mean()
 
-    @torch.no_grad()
     def _measure(self) -> None:
         """Channel means of clean images, and the drift beyond other frequencies of the classes."""
+        norms = list(self.norms.values())
+        self.sizes = [norm.num_features for norm in norms]
+        self.running = torch.cat([cast("Tensor", norm.running_mean) for norm in norms])
+        variances = [cast("Tensor", norm.running_var) + norm.eps for norm in norms]
+        self.deviation = torch.cat(variances).sqrt()
+        self.lengths = torch.tensor(self.sizes, device=self.running.device)
         _, classes, counts = self.data.labels.unique(return_inverse=True, return_counts=True)
-        means = [
-            _running_mean(norm).new_zeros(len(counts), norm.num_features) for norm in self.norms
-        ]
+        means = self.running.new_zeros(len(counts), len(self.running))
         for images, labels in zip(self.data.images.split(BATCH), classes.split(BATCH), strict=True):
-            found = self._inputs(images, self.norms)
-            for norm, sums in zip(self.norms, means, strict=True):
-                sums.index_add_(0, labels, found[norm][0])
-        for sums in means:
-            sums /= counts[:, None]
+            means.index_add_(0, labels, self._by_image(images))
+        means /= counts[:, None]
         frequencies = (counts / counts.sum()).double()
-        scales = [_deviation(norm) for norm in self.norms]
-        wanted = torch.cat([_running_mean(n) / s for n, s in zip(self.norms, scales, strict=True)])
-        offered = torch.cat([(m / s).T for m, s in zip(means, scales, strict=True)]).double()
-        mixture = _mixture(offered, wanted.double(), frequencies).to(wanted.dtype)
-        self.clean = [frequencies.to(m.dtype) @ m for m in means]
-        self.drift = [
-            (_running_mean(norm) - mixture @ m) / scale
-            for norm, m, scale in zip(self.norms, means, scales, strict=True)
-        ]
+        offered, wanted = (means / self.deviation).T, self.running / self.deviation
+        mixture = _mixture(offered.double(), wanted.double(), frequencies).to(means.dtype)
+        self.clean = frequencies.to(means.dtype) @ means
+        drift = wanted - offered @ mixture
+        size = self._by_norm(drift.square()).sqrt().clamp(min=NO_DRIFT)
+        self.direction = drift / size.repeat_interleave(self.lengths)
 
-    def _inputs(self, images: Tensor, norms: list[_BatchNorm]) -> dict[nn.Module, list[Tensor]]:
-        """Means (N, C) of the norms' inputs by image, one for each time that a norm runs."""
-        found: dict[nn.Module, list[Tensor]] = {norm: [] for norm in norms}
-        with self._hooked(lambda norm, inputs: found[norm].append(_by_image(inputs[0])), norms):
+    @torch.no_grad()
+    def _by_image(self, images: Tensor) -> Tensor:
+        """Means (N, channels) of all norms' inputs by image."""
+        found: dict[nn.Module, Tensor] = {}
+
+        def note(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            found[norm] = inputs[0].flatten(2).mean(2) if inputs[0].dim() > 2 else inputs[0]
+
+        with hooked(self.norms.values(), note):
             self.model(images)
-        return found
+        return torch.cat([found[norm] for norm in self.norms.values()], 1)
 
-    @contextmanager
-    def _hooked(
-        self,
-        hook: Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...] | None],
-        norms: list[_BatchNorm],
-    ) -> Iterator[None]:
-        handles = [norm.register_forward_pre_hook(hook) for norm in norms]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def _by_norm(self, values: Tensor) -> Tensor:
+        """Sums (norms,) of values (channels,)."""
+        return torch.segment_reduce(values, "sum", lengths=self.lengths)
+
+
+def _norms(model: nn.Module, images: Tensor) -> dict[str, _BatchNorm]:
+    """The batch norms, by name, that have running statistics and run once for these images."""
+    norms = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    }
+    runs = Counter[nn.Module]()
+    with torch.no_grad(), hooked(norms.values(), lambda norm, _: runs.update([norm])):
+        model(images)
+    return {name: norm for name, norm in norms.items() if runs[norm] == 1}
 
 
 def _mixture(offered: Tensor, wanted: Tensor, frequencies: Tensor) -> Tensor:
@@ -170,18 +169,3 @@ def _mixture(offered: Tensor, wanted: Tensor, frequencies: Tensor) -> Tensor:
         [offered.T @ wanted / channels + RIDGE * frequencies, frequencies.sum()[None]]
     )
     return torch.linalg.solve(left, right)[:classes]
-
-
-def _by_image(inputs: Tensor) -> Tensor:
-    """Means (N, C) of a norm's inputs (N, C, *)."""
-    return inputs.flatten(2).mean(2) if inputs.dim() > 2 else inputs
-
-
-def _running_mean(norm: _BatchNorm) -> Tensor:
-    assert norm.running_mean is not None
-    return norm.running_mean
-
-
-def _deviation(norm: _BatchNorm) -> Tensor:
-    assert norm.running_var is not None
-    return (norm.running_var + norm.eps).sqrt()

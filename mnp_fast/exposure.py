@@ -133,7 +133,10 @@ class OffsetExposure:
         self.guide = drift
         self.guided = self._search(self.config.offset_steps, self.first)
         self.offsets = [self.guided, self.first]
-        return drift.agreement(self._shifted(self.others, self.guided)).item()
+        with torch.no_grad():
+            _, before = drift.means(self.others)
+            _, after = drift.means(self._shifted(self.others, self.guided))
+            return drift.agreement(before, after).item()
 
     def again(self) -> None:
         """Search as `start` does, and keep what is found beside the last offsets."""
@@ -158,12 +161,13 @@ class OffsetExposure:
         """Percent of other classes' images that the first offset, widened, sends to the class."""
         return self._reached(WIDENED * self.first)
 
-    def spread(self) -> float:
-        """How evenly the first offset sends images to classes not their own, in [0, 1].
+    def spread(self, offset: Tensor) -> float:
+        """How evenly an offset (1, *) sends images to classes not their own, in [0, 1].
 
         The entropy of those classes over the logarithm of their number; 0 where all go to one.
         """
-        logits = predict(self.model, self.images(), self.processes)
+        shifted = self._shifted(self.others, offset)
+        logits = predict(self.model, shifted, self.processes)
         chosen = logits.argmax(1)
         counts = chosen[chosen != self.labels].bincount(minlength=logits.shape[1]).double()
         shares = counts / counts.sum().clamp(min=1)
@@ -220,10 +224,11 @@ class OffsetExposure:
         optimizer = torch.optim.Adam([offset], lr=self.config.offset_lr * self.reach)
         parts = self.processes.parts(self.others, self.labels)
         with _constant(list(masks(self.model).values())):
+            befores = [self._means(images) for (images, _), _ in parts]
             for _ in range(steps):
                 losses = [
-                    share * self._distance(others, labels, offset)
-                    for (others, labels), share in parts
+                    share * self._distance(images, labels, offset, before)
+                    for ((images, labels), share), before in zip(parts, befores, strict=True)
                 ]
                 addends = [torch.autograd.grad(loss, [offset]) for loss in losses]
                 (offset.grad,) = self.processes.sum(addends)
@@ -231,22 +236,35 @@ class OffsetExposure:
         self.processes.equalize([offset])
         return offset.detach()
 
-    def _distance(self, images: Tensor, labels: Tensor, offset: Tensor) -> Tensor:
+    @torch.no_grad()
+    def _means(self, images: Tensor) -> Tensor | None:
+        """Those that the drift is compared with, where one is followed."""
+        return None if self.guide is None else self.guide.means(images)[1]
+
+    def _distance(
+        self, images: Tensor, labels: Tensor, offset: Tensor, before: Tensor | None
+    ) -> Tensor:
         """What the search makes small: the hinge, the offset's size, disagreement with a drift."""
         shifted = self._shifted(images, offset)
-        logits = self.model(shifted)
+        if self.guide is None or before is None:
+            return self._reluctance(self.model(shifted), labels) + self._decay(offset)
+        logits, after = self.guide.means(shifted)
+        weight = self.config.drift_weight * self.guide.trust
+        disagreement = weight * (1 - self.guide.agreement(before, after))
+        return self._reluctance(logits, labels) + self._decay(offset) + disagreement
+
+    def _reluctance(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The hinge: how far images are from going where the offset shall send them."""
         chosen = F.one_hot(
             labels if self.target is None else torch.full_like(labels, self.target),
             logits.shape[1],
         ).bool()
         of_class, rivals = logits[chosen], logits.masked_fill(chosen, -torch.inf).amax(1)
         behind = of_class - rivals if self.target is None else rivals - of_class
-        hinge = (behind + MARGIN).relu().mean()
-        distance = hinge + self.config.offset_decay * self._mean_square(offset)
-        if self.guide is None:
-            return distance
-        weight = self.config.drift_weight * self.guide.trust
-        return distance + weight * (1 - self.guide.agreement(shifted))
+        return (behind + MARGIN).relu().mean()
+
+    def _decay(self, offset: Tensor) -> Tensor:
+        return self.config.offset_decay * self._mean_square(offset)
 
 
 def _share(logits: Tensor, target: int) -> float:

@@ -126,8 +126,7 @@ class FusedForward:
                 tuple(str(part.target) for part in node.args[:2] if isinstance(part, fx.Node))
                 for node in blocks
             ]
-            self._graph = fx.GraphModule(self.root, graph)
-            _group(self._graph, dict(self.root.named_modules()))
+            self._graph = runnable(self.root, graph)
             self._seen = self._identities(modules)
         return self._graph
 
@@ -150,6 +149,13 @@ def block_graph(masked: nn.Module, algorithm: str = "auto") -> fx.Graph:
         raise ValueError(f"{change} works in place on what is read by another name as well")
     _fuse(graph, masked, algorithm)
     return graph
+
+
+def runnable(masked: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A module that runs the model's `block_graph`, blocks that follow each other as one region."""
+    model = fx.GraphModule(masked, graph)
+    _group(model, dict(masked.named_modules()))
+    return model
 
 
 def needs_own_forward(masked: nn.Module, modules: list[nn.Module]) -> bool:

@@ -103,6 +103,8 @@ class DefenseResult:
     drift_agreement
         How far an offset away from all classes that follows the drift agrees with it, a cosine in
         [-1, 1]; None if it was not searched.
+    drift_spread
+        How evenly that one sends images to all classes, in [0, 1]; None likewise.
     history
         One record an epoch.
     seconds
@@ -124,6 +126,7 @@ class DefenseResult:
     untargeted_spread: float | None
     drift_favours: dict[int, float]
     drift_agreement: float | None
+    drift_spread: float | None
     history: list[EpochRecord]
     seconds: dict[str, float]
     config: DefenseConfig
@@ -178,6 +181,7 @@ class DefenseResult:
                 for label, given in self.drift_favours.items()
             },
             "drift_agreement": self.drift_agreement,
+            "drift_spread": self.drift_spread,
             "curve": [asdict(point) for point in self.curve],
             "history": [asdict(record) for record in self.history],
             "seconds": dict(self.seconds),

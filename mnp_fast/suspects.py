@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 FAVOUR, FAVOUR_AGAIN = 0.25, 1.0
 DOUBT = 0.12  # beyond `conspicuous_again`, within which it is worth to suppress again
 SPREAD = 0.5  # what an offset counts less if it sends images to all classes alike
+SPREAD_OUT = 0.7  # least spread of one that follows the drift, for it to be no class's trigger
 RIVALS = 4  # other suspects without which a size says nothing
 
 
@@ -74,8 +75,19 @@ def remembered(favours: Mapping[int, float], config: DefenseConfig) -> int | Non
     return most if most is not None and known[most] >= config.drift_favour else None
 
 
+def is_drift(agreement: float | None, spread: float | None, config: DefenseConfig) -> bool:
+    """Whether an offset away from all classes is what batch norms remember of a trigger.
+
+    By its agreement with their drift, and its spread: one that leads to few classes is the trigger
+    of these.
+    """
+    if agreement is None or spread is None:
+        return False
+    return agreement >= config.drift_agreement and spread >= SPREAD_OUT
+
+
 def is_untargeted(
-    size: float, spread: float, sizes: Mapping[int, float], config: DefenseConfig
+    size: float | None, spread: float | None, sizes: Mapping[int, float], config: DefenseConfig
 ) -> bool:
     """Whether an offset away from all classes is conspicuous: a trigger that shifts every class.
 
@@ -83,6 +95,6 @@ def is_untargeted(
     to one class, and where it is not, it leads to that one class: nearly all images go to few
     classes. So `SPREAD` times the offset's spread, in [0, 1], makes up for a larger size.
     """
-    if not can_tell(sizes) or not math.isfinite(size):
+    if size is None or spread is None or not math.isfinite(size):
         return False
     return size / statistics.median(sizes.values()) - SPREAD * spread <= config.untargeted

@@ -248,13 +248,29 @@ def test_what_norms_remember_is_among_few_suspects(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_cut_will_do")
-@pytest.mark.parametrize(("agreement", "conspicuous"), [(-1.0, True), (1.0, False)])
-def test_an_offset_away_from_all_classes_is_suspect_by_its_agreement(agreement, conspicuous):
+@pytest.mark.parametrize(
+    ("agreement", "favour", "target"), [(-1.0, 1.0, None), (1.0, 1.0, 0), (-1.0, 0.0, None)]
+)
+def test_an_offset_away_from_all_classes_is_suspect_by_its_agreement(
+    agreement, favour, target, monkeypatch
+):
+    """And before a class that norms remember."""
+    monkeypatch.setattr("mnp_fast.suspects.SPREAD_OUT", 0.0)
     settings = {**REPAIRED, **NEVER, "untargeted": 1e-9, "drift_agreement": agreement}
+    settings["drift_favour"] = favour
     result = defend(backdoored().eval(), DATA, small(**settings, repair_epochs=1))
-    assert result.conspicuous == conspicuous
-    assert (result.target is None) == conspicuous
+    assert result.target == target
+    assert result.conspicuous == (target is None)
     assert -1 < result.drift_agreement < 1
+    assert 0 <= result.drift_spread <= 1
+
+
+@pytest.mark.usefixtures("no_cut_will_do")
+def test_an_offset_away_from_all_classes_that_leads_to_one_is_not_suspect():
+    settings = {**REPAIRED, **NEVER, "untargeted": 1e-9, "drift_agreement": -1.0}
+    result = defend(backdoored().eval(), DATA, small(**settings, repair_epochs=1))
+    assert result.drift_spread < 0.7
+    assert not result.conspicuous
 
 
 @pytest.mark.usefixtures("no_cut_will_do")
@@ -280,6 +296,7 @@ def test_networks_without_batch_norms_have_no_drift():
 @pytest.mark.usefixtures("no_cut_will_do")
 @pytest.mark.parametrize("settings", [{}, {**NEVER, "untargeted": 1e-9, "drift_agreement": -1.0}])
 def test_a_run_that_follows_a_drift_goes_on_after_interruptions(settings, monkeypatch, tmp_path):
+    monkeypatch.setattr("mnp_fast.suspects.SPREAD_OUT", 0.0)
     config = small(**REPAIRED, **settings, repair_epochs=1)
     expected = defend(backdoored(), DATA, config)
     assert expected.conspicuous

@@ -277,4 +277,4 @@ def test_spread(chosen, expected, monkeypatch):
     exposure = exposed(data=pixels(6), target=None)
     logits = nn.functional.one_hot(torch.tensor(chosen), 3).float()
     monkeypatch.setattr("mnp_fast.exposure.predict", lambda *_: logits)
-    assert exposure.spread() == pytest.approx(expected, abs=1e-6)
+    assert exposure.spread(exposure.first) == pytest.approx(expected, abs=1e-6)

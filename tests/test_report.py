@@ -62,6 +62,7 @@ def make_result(layers: list[str], pruned: int = 3, width: int = 12) -> DefenseR
         untargeted_spread=None,
         drift_favours={1: math.nan, 2: 0.625},
         drift_agreement=None,
+        drift_spread=None,
         history=[
             EpochRecord("suppress", 1, -2.0, 20.0, 0.5),
             EpochRecord("fit", 1, 0.5, 90.0, 0.6),

@@ -8,6 +8,7 @@ from mnp_fast.suspects import (
     distances,
     is_conspicuous,
     is_doubtful,
+    is_drift,
     is_untargeted,
     remembered,
 )
@@ -79,9 +80,9 @@ def test_favours_count_whole_at_a_second_look(sizes, favour, doubtful, found):
         (0.91, 0.0, [1, 1, 1, 1, 1], False),
         (1.15, 0.5, [1, 1, 1, 1, 1], True),
         (1.16, 0.5, [1, 1, 1, 1, 1], False),
-        (0.9, 1.0, [1, 1, 1, 1], False),  # too few classes
         (math.inf, 1.0, [math.inf] * 5, False),
         (0.9, 0.0, [1, 0.5, 0.5, 0.5, 1], False),
+        (None, None, [1, 1, 1, 1, 1], False),
     ],
 )
 def test_untargeted(size, spread, sizes, expected):
@@ -102,3 +103,16 @@ def test_untargeted(size, spread, sizes, expected):
 )
 def test_remembered(favours, found):
     assert remembered(sizes_of(*favours), DefenseConfig(drift_favour=0.3)) == found
+
+
+@pytest.mark.parametrize(
+    ("agreement", "spread", "expected"),
+    [
+        (0.8, 0.7, True),
+        (0.79, 1.0, False),
+        (1.0, 0.69, False),  # it leads to few classes
+        (None, None, False),
+    ],
+)
+def test_a_trigger_that_norms_remember_for_all_classes(agreement, spread, expected):
+    assert is_drift(agreement, spread, DefenseConfig(drift_agreement=0.8)) == expected
