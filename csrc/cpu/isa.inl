@@ -94,6 +94,7 @@ inline double sqrt(double x) { return __builtin_sqrt(x); }
 #include "epilogue.h"
 #include "pixels.h"
 #include "dense.h"
+#include "depthwise.h"
 #include "narrow.h"
 #include "direct.h"
 #include "living.h"

@@ -96,6 +96,8 @@ void narrow(const Direct<T>& a, int64_t begin, int64_t end, char* memory) {
     if (a.width != W) return narrow<T, 2 * W>(a, begin, end, memory);
   const int64_t most = narrow_pixels(a);
   const DirectScratch<T> scratch(a, most, memory);
+  if constexpr (W == 1)
+    if (depthwise(a, begin, end, scratch.zeros)) return;
   for (int64_t chunk = begin; chunk < end; chunk += most) {
     const int64_t pixels = min(most, end - chunk);
     find_pixels(a, chunk, pixels, scratch);

@@ -45,9 +45,9 @@ bool torch_wins(const Conv& conv) {
       conv.taps() == 1 && (conv.stride[0] > 1 || conv.stride[1] > 1) && pixels > 32 * conv.k;
   if (conv.groups == 1 && (strides || (conv.c < 16 && conv.kw > 1))) return true;
   if (lanes < 16) return false;
-  if (conv.groups == 1) return conv.taps() > 9;
-  // Between them, groups share vectors well; above, they fill them.
-  return conv.is_depthwise() || (conv.group_out() >= 8 && conv.group_out() <= 16);
+  if (conv.groups == 1 || conv.is_depthwise()) return conv.taps() > 9;
+  // Below, groups share vectors well; above, they fill them.
+  return conv.group_out() >= 8 && conv.group_out() <= 16;
 }
 
 }  // namespace
