@@ -39,14 +39,14 @@ the standard deviation where there are several.
 - `+rule`: the peer's order of neurons, cut by the rule of `mnp_fast.defend`, without its repair.
   Without `+rule`, the peer's published cut. `mnp:` with settings of `DefenseConfig` behind it is
   `mnp` with these in place of the defaults. With `drift_weight=0` it does not look at what norms
-  remember; those cells were run before it did, as what was the default then. Ablation and
-  sensitivity are of that time: compare them with `mnp:drift_weight=0`.
+  remember.
 - **Seeds 0 to 2 are not held back**: `few`, `conspicuous`, `untargeted` and the repair of `mnp`
   were set after a look at what it did to models of these seeds; the second look at doubtful
   suspects after the WaNet model of seed 0 and width 16, which `conspicuous_again` just takes in;
   what norms remember after the all-to-all models of width 8 (seeds 0 to 2, and seed 0 of VGG-13,
   MobileNetV2 and the pre-activation network), the WaNet model of the last, and BadNets at width
-  64. Where there are other seeds, a table of its own is of them alone.
+  64; that all classes are looked at before the one that norms remember, after the all-to-all model
+  of seed 1 of VGG-13. Where there are other seeds, a table of its own is of them alone.
 """
 LOOKED_AT = (0, 1, 2)  # seeds of models on which settings were chosen
 
