@@ -60,6 +60,7 @@ LARGE = {  # enough work for torch's convolution to be called where it wins
     "5x5": Conv(3, 24, 17, 16, 24, kernel=(5, 5), padding=(2, 2)),
     "groups of 8": Conv(8, 32, 33, 32, 32, groups=4),
     "depthwise": Conv(8, 64, 33, 32, 64, groups=64),
+    "depthwise 5x5": Conv(4, 64, 17, 16, 64, kernel=(5, 5), padding=(2, 2), groups=64),
 }
 
 
