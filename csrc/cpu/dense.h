@@ -67,7 +67,9 @@ template <class T, int R, int V, bool Groups>
 [[gnu::noinline]] void dense_tile(const Direct<T>& a, const DensePart<T>& part, const Place* places,
                                   int64_t first, int64_t used) {
   constexpr int L = VecOf<T>::lanes;
+  // Unrolled before anything else, these loops over the tile leave it in registers.
   Vec<T> acc[R][V];
+#pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
     for (int v = 0; v < V; ++v) acc[i][v] = Vec<T>{};
   // What the next tile writes and reads, if it lies behind this one.
@@ -84,6 +86,7 @@ template <class T, int R, int V, bool Groups>
       continue;
     }
     const T* rows[R];
+#pragma GCC unroll 16
     for (int i = 0; i < R; ++i) rows[i] = part.reads.at(q)[i] + part.offset;
 #pragma GCC unroll 4
     for (int64_t d = 0; d < part.depth; ++d) {

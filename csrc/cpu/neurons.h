@@ -111,12 +111,14 @@ template <class T, int V, bool Whole>
   const int64_t neurons = a.layout.neurons;
   Vec<T> scale[V], shift[V], gain[V], sums[3][V];
   int64_t left[V];
+#pragma GCC unroll 2
   for (int v = 0; v < V; ++v) {
     const int64_t k = first + v * L;
     left[v] = Whole ? L : count - v * L;
     scale[v] = load_some<T>(a.scale + k, left[v]);
     shift[v] = load_some<T>(a.shift + k, left[v]);
     gain[v] = load_some<T>(a.mask + n * a.mask_stride + k, left[v]) * scale[v];
+#pragma GCC unroll 3
     for (int s = 0; s < 3; ++s) sums[s][v] = Vec<T>{};
   }
   for (int64_t pixel = n * a.layout.inner + start; pixel < n * a.layout.inner + stop; ++pixel)

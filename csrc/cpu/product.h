@@ -38,11 +38,14 @@ template <class T, bool Transposed, int R, int V>
 [[gnu::noinline]] void product_tile(Rows<T> rows, int64_t depth, const T* panel, T* out,
                                     int64_t out_stride, bool accumulate) {
   constexpr int L = VecOf<T>::lanes;
+  // Unrolled before anything else, these loops over the tile leave it in registers.
   Vec<T> acc[R][V];
+#pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
     for (int v = 0; v < V; ++v) acc[i][v] = Vec<T>{};
   // Three rows a pointer: x86 addresses at base, base + stride and base + 2 * stride.
   const T* base[(R + 2) / 3];
+#pragma GCC unroll 16
   for (int i = 0; i < R; i += 3) base[i / 3] = rows.data + (Transposed ? i : i * rows.stride);
   constexpr int64_t kLine = 64 / sizeof(T);
   const T* ahead = rows.data + 2 * kLine;
