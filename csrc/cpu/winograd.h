@@ -152,11 +152,14 @@ template <class F, class T = typename F::T>
 inline void tile_pixels(const Winograd<T>& a, int64_t tile, const T** pixel) {
   const TileAt<F> at(a, tile);
   const int64_t h = F::first_input(at.h) - a.padding_h, w = F::first_input(at.w) - a.padding_w;
-  for (int64_t i = 0; i < F::kIn; ++i)
-    for (int64_t j = 0; j < F::kIn; ++j) {
-      const T* x = under_tap(a.input, a.in_h, a.in_w, a.in_stride, at.n, h + i, w + j);
-      pixel[i * F::kIn + j] = x ? x : a.zeros;
-    }
+  bool inside[F::kIn];  // by column
+  for (int64_t j = 0; j < F::kIn; ++j) inside[j] = w + j >= 0 && w + j < a.in_w;
+  for (int64_t i = 0; i < F::kIn; ++i) {
+    const T* row = a.input + ((at.n * a.in_h + h + i) * a.in_w + w) * a.in_stride;
+    const bool is_row = h + i >= 0 && h + i < a.in_h;
+    for (int64_t j = 0; j < F::kIn; ++j)
+      pixel[i * F::kIn + j] = is_row && inside[j] ? row + j * a.in_stride : a.zeros;
+  }
 }
 
 // Inputs of tiles [begin, end), written from row `row` on of a buffer of `tiles` rows a position.
@@ -165,8 +168,8 @@ void winograd_input(const Winograd<T>& a, int64_t begin, int64_t end, T* inputs,
                     int64_t tiles) {
   constexpr int64_t L = VecOf<T>::lanes, kLine = 64 / sizeof(T);
   const int64_t stride = skewed<T>(a.depth), position = input_position<T>(a.depth, tiles);
-  constexpr int64_t kPixels = F::kIn * F::kIn;
-  const T* pixels[2][kPixels];
+  constexpr int64_t kRead = F::kIn - F::first_input(F::kOut);  // columns that both tiles read
+  const T* pixels[2][F::kIn * F::kIn];
   tile_pixels<F>(a, begin, pixels[0]);
   for (int64_t tile = begin; tile < end; ++tile) {
     const T* const* pixel = pixels[(tile - begin) % 2];
@@ -176,8 +179,8 @@ void winograd_input(const Winograd<T>& a, int64_t begin, int64_t end, T* inputs,
     int64_t c = 0;
     for (; c + L <= a.depth; c += L) {
       if (c % kLine == 0)
-        for (int64_t q = 0; q < kPixels; ++q)
-          if (q % F::kIn >= F::kIn - F::first_input(F::kOut)) __builtin_prefetch(next[q] + c);
+        for (int64_t i = 0; i < F::kIn; ++i)
+          for (int64_t j = kRead; j < F::kIn; ++j) __builtin_prefetch(next[i * F::kIn + j] + c);
       input_lane<F, true>(pixel, c, L, out + c, position);
     }
     if (c < a.depth) input_lane<F, false>(pixel, c, a.depth - c, out + c, position);
@@ -204,6 +207,7 @@ void winograd_output(const Winograd<T>& a, int64_t begin, int64_t end, const T* 
       product<T>(count, {inputs + q * position + row * stride, stride}, a.depth, panel,
                  shape.lanes(p), to, width);
     }
+  const Epilogue<T> own = *a.epilogue;  // no store can change it
   for (int64_t tile = begin; tile < end; ++tile) {
     const TileAt<F> at(a, tile);
     const int64_t rows = min(F::kOut, a.out_h - at.h), cols = min(F::kOut, a.out_w - at.w);
@@ -219,7 +223,7 @@ void winograd_output(const Winograd<T>& a, int64_t begin, int64_t end, const T* 
           m[i] = load<T>(from + (i * F::kPoints + j) * out_position);
         F::output(m, half + j, F::kPoints);
       }
-      const OutputLane<T> lane(a.epilogue, at.n, k, min(L, a.width - k));
+      const OutputLane<T> lane(&own, at.n, k, min(L, a.width - k));
       for (int64_t i = 0; i < rows; ++i) {
         F::output(half + i * F::kPoints, whole, 1);
         const int64_t element = ((at.n * a.out_h + at.h + i) * a.out_w + at.w) * a.width + k;
