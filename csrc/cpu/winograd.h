@@ -155,11 +155,19 @@ inline void tile_pixels(const Winograd<T>& a, int64_t tile, const T** pixel) {
   bool inside[F::kIn];  // by column
   for (int64_t j = 0; j < F::kIn; ++j) inside[j] = w + j >= 0 && w + j < a.in_w;
   for (int64_t i = 0; i < F::kIn; ++i) {
-    const T* row = a.input + ((at.n * a.in_h + h + i) * a.in_w + w) * a.in_stride;
+    const int64_t first = (at.n * a.in_h + h + i) * a.in_w + w;
     const bool is_row = h + i >= 0 && h + i < a.in_h;
     for (int64_t j = 0; j < F::kIn; ++j)
-      pixel[i * F::kIn + j] = is_row && inside[j] ? row + j * a.in_stride : a.zeros;
+      pixel[i * F::kIn + j] = is_row && inside[j] ? a.input + (first + j) * a.in_stride : a.zeros;
   }
+}
+
+// Asks for channel c of those pixels under a tile that the one to its left does not read.
+template <class F, class T = typename F::T>
+inline void prefetch_tile(const T* const* pixel, int64_t c) {
+  for (int64_t i = 0; i < F::kIn; ++i)
+    for (int64_t j = F::kIn - F::first_input(F::kOut); j < F::kIn; ++j)
+      __builtin_prefetch(pixel[i * F::kIn + j] + c);
 }
 
 // Inputs of tiles [begin, end), written from row `row` on of a buffer of `tiles` rows a position.
@@ -168,7 +176,6 @@ void winograd_input(const Winograd<T>& a, int64_t begin, int64_t end, T* inputs,
                     int64_t tiles) {
   constexpr int64_t L = VecOf<T>::lanes, kLine = 64 / sizeof(T);
   const int64_t stride = skewed<T>(a.depth), position = input_position<T>(a.depth, tiles);
-  constexpr int64_t kRead = F::kIn - F::first_input(F::kOut);  // columns that both tiles read
   const T* pixels[2][F::kIn * F::kIn];
   tile_pixels<F>(a, begin, pixels[0]);
   for (int64_t tile = begin; tile < end; ++tile) {
@@ -178,9 +185,7 @@ void winograd_input(const Winograd<T>& a, int64_t begin, int64_t end, T* inputs,
     T* out = inputs + (row + tile - begin) * stride;
     int64_t c = 0;
     for (; c + L <= a.depth; c += L) {
-      if (c % kLine == 0)
-        for (int64_t i = 0; i < F::kIn; ++i)
-          for (int64_t j = kRead; j < F::kIn; ++j) __builtin_prefetch(next[i * F::kIn + j] + c);
+      if (c % kLine == 0) prefetch_tile<F>(next, c);
       input_lane<F, true>(pixel, c, L, out + c, position);
     }
     if (c < a.depth) input_lane<F, false>(pixel, c, a.depth - c, out + c, position);

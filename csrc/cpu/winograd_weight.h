@@ -92,9 +92,7 @@ void winograd_weight_tiles(const WinogradWeightGrad<T>& a, int64_t begin, int64_
     UnderTile<F>& next = under[(tile - begin + 1) % 2];
     next.find(a, min(tile + 1, end - 1));
     for (int64_t c = 0; c < depth; c += L) {
-      if (c % kLine == 0)
-        for (int64_t q = 0; q < F::kIn * F::kIn; ++q)
-          if (q % F::kIn >= F::kIn - F::first_input(F::kOut)) __builtin_prefetch(next.input[q] + c);
+      if (c % kLine == 0) prefetch_tile<F>(next.input, c);
       const int64_t panel = c / kWide, lane = c % kWide;
       T* out = inputs + c / edge * block + (c % edge - lane) * a.plan.chunk +
                (tile - first) * Panels<T>{depth}.lanes(panel) + lane;
