@@ -22,7 +22,6 @@ from mnp_fast.demo.attacks import badnets
 from mnp_fast.demo.digits import load_digits
 from mnp_fast.demo.run import measure, trained_model
 from mnp_fast.exposure import OffsetExposure, WeightExposure
-from mnp_fast.norm_means import NormMeans
 from mnp_fast.objectives import MaskFit, exposed_loss
 from mnp_fast.result import DefenseResult
 from mnp_fast.seeds import FIT
@@ -43,8 +42,6 @@ class PlainDefense(_Defense):
         super().__init__(model, clean_set(data), config, None, None)
         masked = public(model).eval()
         self.masked = freeze(masked) if frozen else masked
-        if self.drift is not None:
-            self.drift.means = NormMeans(self.masked, self.drift.norms)
 
     def _fit(self, exposure: OffsetExposure | WeightExposure) -> None:
         config, data = self.config, self.data

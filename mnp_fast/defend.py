@@ -165,10 +165,7 @@ class _Defense:
                 self._resume(self.checkpoint)
         self.state = processes.gather(self.state)[0]
         self.progress = progress_bars(console if first else None)
-        self.drift = None
-        if config.exposure == "offset" and config.drift_weight:
-            drift = Drift(model, self.masked, data)
-            self.drift = drift if drift.norms else None
+        self.drift: Drift | None = None
 
     def run(self) -> DefenseResult:
         with self.progress, frozen_weights(self.masked):
@@ -214,6 +211,9 @@ class _Defense:
             state.target = next(iter(self._suppress(1)))
             suppressed = self._suppressed()
             return WeightExposure(self.masked, suppressed, self.data, state.target, config)
+        if config.drift_weight:
+            drift = Drift(self.model, self.masked, self.data)
+            self.drift = drift if drift.norms else None
         favours = self._suppress(config.suppressions)
         if self.drift is not None and not state.drift_favours:
             found = self.data.processes.gather(self.drift.favours())[0]
