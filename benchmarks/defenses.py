@@ -32,7 +32,9 @@ PEERS: dict[str, ModuleType] = {
 }
 GROUPS: dict[str, tuple[str, ...]] = {
     "peers": (*PEERS, *(f"{name}{RULE}" for name in PEERS if name != "fine-tuning")),
-    # Without exposure, clean preserving, the penalty, the repair, drift; and the paper's exposure.
+    # Without exposure, clean preserving, the penalty, the repair, drift; the paper's exposure; then
+    # without each further look where no class is conspicuous: more suppressions, the class that
+    # norms remember, all classes by agreement with the drift, and by the offset's size.
     "ablation": (
         "mnp:alpha=1",
         "mnp:alpha=0",
@@ -40,6 +42,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "mnp:repair_epochs=0",
         "mnp:drift_weight=0",
         "mnp:exposure=weights",
+        "mnp:suppressions_again=0",
+        "mnp:drift_favour=1",
+        "mnp:drift_agreement=1",
+        "mnp:untargeted=0",
     ),
     "sensitivity": (
         *(f"mnp:alpha={value}" for value in (0.5, 0.65, 0.9)),

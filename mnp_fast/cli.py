@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .config import DefenseConfig
-from .distributed import Processes, launched
+from .distributed import launched
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -190,14 +190,14 @@ def defend(
     Under torchrun, the processes share the work.
     """
     resume_file = out / "checkpoint.pt"
-    with _reported(resume_file), launched() as group:
+    with _reported(resume_file), launched() as processes:
         from . import io
         from .defend import defend as run_defense
         from .report import write_report
 
         _check_source(model, checkpoint, exported)
         config = DefenseConfig(**_settings(settings or []))
-        first = Processes(group).rank == 0  # the only one that writes
+        first = processes.rank == 0  # the only one that writes
         if first:
             io.ensure_writable(out)
         clean = _clean_data(data, image_size, mean, std, samples, config.seed)
@@ -205,7 +205,7 @@ def defend(
         if restart and first:
             resume_file.unlink(missing_ok=True)
         result = run_defense(
-            network, clean, config, checkpoint=resume_file, console=console, group=group
+            network, clean, config, checkpoint=resume_file, console=console, group=processes.group
         )
         if not first:
             return
@@ -241,14 +241,14 @@ def detect(
 
     Exits with 3 where one is likely. Under torchrun, the processes share the work.
     """
-    with _reported(), launched() as group:
+    with _reported(), launched() as processes:
         from . import io
         from .detection import Calibration
         from .detection.detect import detect as run_detection
         from .stats_report import write_detection
 
         _check_source(model, checkpoint, exported)
-        first = Processes(group).rank == 0
+        first = processes.rank == 0
         if first and out is not None:
             io.ensure_writable(out)
         known = Calibration.load() if calibration is None else Calibration.load(calibration)
@@ -259,7 +259,7 @@ def detect(
             known.config(seed),
             calibration=known,
             console=console,
-            group=group,
+            group=processes.group,
         )
         if not first:
             return
@@ -299,13 +299,13 @@ def stats(
     """
     ablates = saliency == "ablation"
     resume_file = out / "ablation.pt"
-    with _reported(resume_file if ablates else None), launched() as group:
+    with _reported(resume_file if ablates else None), launched() as processes:
         from . import io
         from .stats import neuron_stats
         from .stats_report import write_stats
 
         _check_source(model, checkpoint, exported)
-        first = Processes(group).rank == 0
+        first = processes.rank == 0
         if first:
             io.ensure_writable(out)
         clean = _clean_data(data, image_size, mean, std, samples, seed)
@@ -318,7 +318,7 @@ def stats(
             seed=seed,
             checkpoint=resume_file if ablates else None,
             console=console,
-            group=group,
+            group=processes.group,
         )
         if not first:
             return

@@ -6,6 +6,7 @@ an offset, logits of the clean set, sums of statistics.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -139,13 +140,18 @@ ALONE = Processes()
 
 
 @contextmanager
-def launched() -> Iterator[ProcessGroup | None]:
-    """The group of all processes that `torchrun` started; None outside of it."""
+def launched() -> Iterator[Processes]:
+    """All processes that `torchrun` started; this one alone outside of it."""
     if not (dist.is_available() and dist.is_torchelastic_launched()):
-        yield None
+        yield ALONE
         return
     dist.init_process_group("gloo", timeout=TIMEOUT)
+    processes = Processes(dist.group.WORLD)
     try:
-        yield dist.group.WORLD
+        yield processes
     finally:
+        # Gloo's threads end with the last reference to the group. One that still drops a tensor
+        # while the interpreter ends aborts the process.
+        processes.group = None
         dist.destroy_process_group()
+        gc.collect()

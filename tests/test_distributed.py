@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -324,6 +325,43 @@ def test_the_command_under_torchrun(tmp_path):
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(
         p.name for p in (tmp_path / "one").iterdir()
     )
+
+
+THREADS = """
+import os
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+
+from mnp_fast.distributed import Processes, launched
+
+
+def names():
+    return sorted(path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
+
+
+before = names()
+with launched() as processes:
+    cycle = Processes(processes.group)
+    cycle.cycle = cycle  # as a defense may leave some
+    del cycle
+    dist.all_reduce(torch.ones(3), group=processes.group)
+    assert names() != before
+assert names() == before, names()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+def test_no_thread_of_a_group_outlives_it():
+    # One that is about to drop a tensor while the interpreter ends would abort the process.
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    environment = {**os.environ, **alone, "TORCHELASTIC_RUN_ID": "test"}
+    root = Path(__file__).parents[1]
+    run = subprocess.run(
+        [sys.executable, "-c", THREADS], cwd=root, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
 
 
 def test_shards_make_a_defense_equal_to_the_last_bit():
