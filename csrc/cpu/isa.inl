@@ -97,6 +97,7 @@ inline double sqrt(double x) { return __builtin_sqrt(x); }
 #include "depthwise.h"
 #include "narrow.h"
 #include "direct.h"
+#include "image_grad.h"
 #include "living.h"
 #include "weight_grad.h"
 #include "spectral.h"
@@ -128,6 +129,8 @@ constexpr Kernels<T> make_kernels() {
           pack_panels<T>,
           direct_scratch<T>,
           direct<T>,
+          image_grad_scratch<T>,
+          image_grad<T>,
           depthwise_weight_grad<T>,
           weight_grad_units<T>,
           weight_grad_scratch<T>,

@@ -113,6 +113,20 @@ struct WeightGrad {
   int64_t l2;      // bytes of the second cache
 };
 
+// The gradient of an image of few channels, NHWC without gaps, from that of its convolution.
+template <class T>
+struct ImageGrad {
+  const T* grad;        // NHWC (batch, rows, cols, depth)
+  int64_t grad_stride;  // from a pixel to the next
+  int64_t batch, rows, cols, depth;
+  const T* panels;  // pack_panels, of a product of `depth` with all taps' channels
+  int64_t taps_h, taps_w, channels;
+  int64_t in_h, in_w;
+  int64_t step_h, step_w, padding_h, padding_w, dilation_h, dilation_w;
+  const T* add;  // added to the gradient, or null
+  T* output;
+};
+
 // The epilogue of images whose u is given for some neurons and is 0 for the others.
 template <class T>
 struct ExpandNeurons {
@@ -210,6 +224,10 @@ struct Kernels {
   int64_t (*direct_scratch)(const Direct<T>&);
   // Grid pixels [begin, end) of batch * rows * cols.
   void (*direct)(const Direct<T>&, int64_t begin, int64_t end, char* scratch);
+  // Elements of scratch for so many rows of an image's gradient, and rows [begin, end) of
+  // batch * in_h.
+  int64_t (*image_grad_scratch)(const ImageGrad<T>&, int64_t rows);
+  void (*image_grad)(const ImageGrad<T>&, int64_t begin, int64_t end, T* scratch);
   // Gradients of groups [begin, end) where depth and width are 1.
   void (*depthwise_weight_grad)(const WeightGrad<T>&, int64_t begin, int64_t end);
   // Independent units of work of a weight gradient, elements of scratch for so many, and units

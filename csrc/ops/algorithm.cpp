@@ -50,6 +50,14 @@ bool torch_wins(const Conv& conv) {
   return conv.group_out() >= 8 && conv.group_out() <= 16;
 }
 
+// Whether the direct kernels would leave most of a vector's lanes unused in the gradient of the
+// input, and all taps' channels together fill some.
+bool is_image(const Conv& conv, ScalarType type) {
+  const int64_t panel =
+      type == ScalarType::Double ? cpu::kernels_of<double>().panel : cpu::kernels_of<float>().panel;
+  return conv.groups == 1 && conv.taps() > 1 && conv.c <= panel / 4;
+}
+
 }  // namespace
 
 Algorithm choose_algorithm(const char* op, const Conv& conv, const std::string& name,
@@ -70,6 +78,8 @@ Algorithm choose_algorithm(const char* op, const Conv& conv, const std::string& 
   const bool even = conv.padding[0] % 2 == 0 || conv.padding[1] % 2 == 0;
   const bool is_free = name == "auto" && type == ScalarType::Float;
   if (is_free && result == Result::output && torch_wins(conv)) return Algorithm::torch;
+  const bool plain = name == "auto" || name == "direct";
+  if (plain && backward && is_image(conv, type)) return Algorithm::image;
   if (!possible || name == "direct" || (backward && by_two && even)) return Algorithm::direct;
   if (name == "winograd2") return Algorithm::winograd2;
   if (name == "winograd4") return Algorithm::winograd4;

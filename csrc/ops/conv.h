@@ -50,11 +50,12 @@ cpu::Weights<T> weights_of(const Tensor& weight, bool transposed) {
           weight.stride(!transposed), weight.size(2) * weight.size(3)};
 }
 
-enum class Algorithm { direct, winograd2, winograd4, torch };
+enum class Algorithm { direct, winograd2, winograd4, torch, image };
 enum class Result { output, input_grad, weight_grad };
 
 // The algorithm that a name stands for; fails where it cannot compute this convolution. Torch's own
-// is chosen for outputs alone, by "auto".
+// is chosen for outputs alone, by "auto"; that for images of few channels, which is a direct one,
+// for gradients of the input alone.
 Algorithm choose_algorithm(const char* op, const Conv& conv, const std::string& name,
                            ScalarType type, Result result);
 
@@ -66,6 +67,11 @@ void direct_forward(const Conv& conv, const Tensor& weight, const T* x,
 template <class T>
 void direct_input_grad(const Conv& conv, const Tensor& weight, const T* g, int64_t g_stride,
                        const cpu::Epilogue<T>& epilogue, T* dx);
+
+// The gradient of images of few channels, and `add`, if it is not null.
+template <class T>
+void image_input_grad(const Conv& conv, const Tensor& weight, const T* g, int64_t g_stride,
+                      const T* add, T* dx);
 
 // The output by torch's convolution, without an epilogue: float32, channels-last images.
 Tensor torch_forward(const Conv& conv, const Tensor& weight, const Tensor& x);

@@ -21,7 +21,7 @@ std::vector<char> are_living(const Mask& mask, const Conv& conv) {
 // Whether leaving out neurons saves more than the others cost: their outputs and weights are moved.
 // In multiplications, as measured with one thread on AVX2; Winograd's have 2 an output and channel.
 bool pays(const Conv& conv, int64_t living, Algorithm algorithm) {
-  const bool direct = algorithm == Algorithm::direct || algorithm == Algorithm::torch;
+  const bool direct = algorithm != Algorithm::winograd2 && algorithm != Algorithm::winograd4;
   const int64_t pixels = conv.n * conv.oh * conv.ow, weights = conv.c * conv.taps();
   const int64_t products = pixels * conv.c * (direct ? conv.taps() : 2);
   const int64_t saved = products + weights * (direct ? 10 : 40);  // weights are packed

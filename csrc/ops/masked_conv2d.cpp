@@ -173,6 +173,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_backward(
       sum.residual = data_or_null<T>(more);
       if (for_x == Algorithm::direct || living.conv.k == 0)
         direct_input_grad(living.conv, kernel, g.get(), g_stride, sum, mutable_data<T>(dx));
+      else if (for_x == Algorithm::image)
+        image_input_grad(living.conv, kernel, g.get(), g_stride, sum.residual, mutable_data<T>(dx));
       else
         winograd_input_grad(living.conv, for_x, kernel, g.get(), g_stride, sum,
                             mutable_data<T>(dx));

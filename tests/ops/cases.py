@@ -54,6 +54,8 @@ CONVS = {
     "depthwise 3x3, one column": Conv(3, 16, 5, 1, 16, groups=16),
     "image": Conv(2, 3, 12, 11, 21, kernel=(7, 7), stride=(2, 2), padding=(3, 3)),
     "image, dilated rows": Conv(2, 2, 12, 9, 5, stride=(1, 2), padding=(2, 0), dilation=(3, 1)),
+    "image, dilated columns": Conv(2, 1, 9, 14, 5, padding=(2, 3), dilation=(1, 3)),
+    "image, many columns": Conv(1, 3, 3, 130, 6, kernel=(2, 7), padding=(0, 1)),
     "groups of 4": Conv(2, 24, 7, 7, 24, groups=6),
     "groups of 2, 1x1 stride 3": Conv(
         2, 10, 7, 8, 10, kernel=(1, 1), stride=(3, 2), padding=(0, 0), groups=5
