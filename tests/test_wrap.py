@@ -316,11 +316,14 @@ def test_memory_format_of_the_model_is_kept(layout):
 
 def test_algorithm_reaches_the_convolutions_that_allow_it():
     model = nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, 2), nn.Conv2d(16, 8, 1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(8 * 3 * 3, 2),
+        nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, 2), nn.Conv2d(16, 8, 1),
+        nn.Conv2d(8, 8, 5, padding=2), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 3 * 3, 2),
     )  # fmt: skip
     masked = mnp_fast.wrap(model, algorithm="winograd4")
-    assert [masked[i].algorithm for i in range(3)] == ["winograd4", "winograd4", "auto"]
+    chosen = ["winograd4", "winograd4", "auto", "winograd4"]
+    assert [masked[i].algorithm for i in range(4)] == chosen
+    exact = mnp_fast.wrap(model, algorithm="winograd2")
+    assert [exact[i].algorithm for i in range(4)] == ["winograd2", "auto", "auto", "auto"]
     x = torch.randn(2, 3, 8, 8)
     assert relative_error(masked(x), model(x)) <= 1e-5
     assert [mnp_fast.wrap(model, algorithm="direct")[i].algorithm for i in range(3)] == [

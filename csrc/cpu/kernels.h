@@ -67,7 +67,8 @@ struct Direct {
   int64_t l1, l2;                      // bytes of the first and second cache
 };
 
-// A 3x3 convolution with stride 1 or 2, or the latter's transpose, in Winograd's tiles.
+// A 3x3 convolution with stride 1 or 2, the latter's transpose, or a 5x5 one with stride 1, in
+// Winograd's tiles.
 template <class T>
 struct Winograd {
   const T* input;  // NHWC, in_stride elements from a pixel to the next, depth of them channels
@@ -250,7 +251,8 @@ struct Kernels {
   void (*mask_update)(const MaskUpdate<T>&, int64_t begin, int64_t end);
   // Groups of output channels that Winograd multiplies together.
   int64_t (*winograd_groups)(int64_t width);
-  WinogradKernels<T> winograd2, winograd4, winograd4_stride2, winograd4_stride2_grad;
+  WinogradKernels<T> winograd2, winograd4, winograd2_of_5, winograd4_stride2,
+      winograd4_stride2_grad;
   WinogradWeightKernels<T> winograd2_weight, winograd4_weight, winograd4_stride2_weight;
 };
 

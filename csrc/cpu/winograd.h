@@ -68,14 +68,14 @@ int64_t winograd_block(int64_t depth, int64_t l2) {
 // One panel of V vectors, whose weights are taps[d][q][V vectors].
 template <class F, int V, class T = typename F::T>
 inline void pack_winograd_panel(const T* taps, int64_t depth, int64_t position, T* panel) {
-  constexpr int64_t L = VecOf<T>::lanes;
-  for (int64_t d = 0; d < depth; ++d, taps += 9 * V * L, panel += V * L)
+  constexpr int64_t L = VecOf<T>::lanes, kTaps = F::kTaps;
+  for (int64_t d = 0; d < depth; ++d, taps += kTaps * kTaps * V * L, panel += V * L)
     for (int v = 0; v < V; ++v) {
-      Vec<T> w[9], half[3 * F::kWeights], whole[F::kWeights];
-      for (int64_t q = 0; q < 9; ++q) w[q] = load<T>(taps + (q * V + v) * L);
-      for (int64_t j = 0; j < 3; ++j) F::weight(w + j, 3, half + j, 3);
+      Vec<T> w[kTaps * kTaps], half[kTaps * F::kWeights], whole[F::kWeights];
+      for (int64_t q = 0; q < kTaps * kTaps; ++q) w[q] = load<T>(taps + (q * V + v) * L);
+      for (int64_t j = 0; j < kTaps; ++j) F::weight(w + j, kTaps, half + j, kTaps);
       for (int64_t i = 0; i < F::kWeights; ++i) {
-        F::weight(half + 3 * i, 1, whole, 1);
+        F::weight(half + kTaps * i, 1, whole, 1);
         for (int64_t j = 0; j < F::kWeights; ++j)
           store<T>(panel + (i * F::kWeights + j) * position + v * L, whole[j]);
       }
@@ -85,11 +85,11 @@ inline void pack_winograd_panel(const T* taps, int64_t depth, int64_t position, 
 template <class F, class T = typename F::T>
 void winograd_pack(const Weights<T>& weights, bool rotated, int64_t depth, int64_t width,
                    int64_t group, T* packed) {
-  constexpr int64_t L = VecOf<T>::lanes, kChannels = 16;
+  constexpr int64_t L = VecOf<T>::lanes, kChannels = 16, kSquare = F::kTaps * F::kTaps;
   const Panels<T> shape{width};
   const int64_t first = group * kGroupPanels<T>, position = group_position<T>(depth);
   const int64_t last = min(shape.count(), first + kGroupPanels<T>);
-  alignas(64) T taps[kChannels * 9 * Panels<T>::kWide];
+  alignas(64) T taps[kChannels * kSquare * Panels<T>::kWide];
   for (int64_t p = first; p < last; ++p) {
     const int64_t lanes = shape.lanes(p);
     T* panel = packed + (p - first) * depth * Panels<T>::kWide;
@@ -98,10 +98,10 @@ void winograd_pack(const Weights<T>& weights, bool rotated, int64_t depth, int64
       for (int64_t v = 0; v < lanes; v += L) {
         Weights<T> part = weights;
         part.data += (p * Panels<T>::kWide + v) * part.stride_j + d * part.stride_d;
-        read_weights<T>(part, min(L, shape.used(p) - v), count,
-                        [&](int64_t q, int64_t i, Vec<T> w) {
-                          store<T>(taps + (i * 9 + (rotated ? 8 - q : q)) * lanes + v, w);
-                        });
+        read_weights<T>(
+            part, min(L, shape.used(p) - v), count, [&](int64_t q, int64_t i, Vec<T> w) {
+              store<T>(taps + (i * kSquare + (rotated ? kSquare - 1 - q : q)) * lanes + v, w);
+            });
       }
       if (lanes == Panels<T>::kWide)
         pack_winograd_panel<F, 2>(taps, count, position, panel + d * lanes);

@@ -5,17 +5,33 @@
 
 // What forms of stride 1 share: each product has weights of its own, and tiles of inputs start
 // where the outputs do.
-template <class Type, int64_t Points>
+template <class Type, int64_t Points, int64_t Taps>
 struct UnitStride {
   using T = Type;
-  static constexpr int64_t kIn = Points, kPoints = Points, kWeights = Points, kOut = Points - 2;
+  static constexpr int64_t kIn = Points, kPoints = Points, kWeights = Points, kTaps = Taps,
+                           kOut = Points - Taps + 1;
   static constexpr int64_t weight_of(int64_t point) { return point; }
   static constexpr int64_t first_input(int64_t out) { return out; }
 };
 
 // The points 0, 1, -1, 1/2, -2 and infinity.
+template <class Type, int64_t Taps>
+struct SixPoints : UnitStride<Type, 6, Taps> {
+  using T = Type;
+  static void input(const Vec<T>* d, Vec<T>* out, int64_t out_step) {
+    const Vec<T> odd = d[3] - d[1], even = d[4] - d[2];
+    out[0] = (d[0] + d[4]) - T(2) * d[2] + T(1.5) * odd;
+    out[out_step] = (d[4] - d[1]) + T(0.5) * d[2] + T(2.5) * d[3];
+    out[2 * out_step] = (d[4] + d[1]) - T(2.5) * d[2] + T(0.5) * d[3];
+    out[3 * out_step] = even + T(2) * odd;
+    out[4 * out_step] = even - T(0.5) * odd;
+    out[5 * out_step] = (d[1] + d[5]) - T(2) * d[3] + T(1.5) * even;
+  }
+};
+
+// Four outputs of three taps.
 template <class T>
-struct F4 : UnitStride<T, 6> {
+struct F4 : SixPoints<T, 3> {
   // G, whose rows carry the divisors that Bt is then free of.
   static void weight(const Vec<T>* w, int64_t step, Vec<T>* out, int64_t out_step) {
     const Vec<T> a = w[0], b = w[step], c = w[2 * step];
@@ -26,16 +42,6 @@ struct F4 : UnitStride<T, 6> {
     out[3 * out_step] = (a + T(0.5) * b + T(0.25) * c) * T(-16. / 15);
     out[4 * out_step] = (wide - T(2) * b) * T(1. / 15);
     out[5 * out_step] = c;
-  }
-
-  static void input(const Vec<T>* d, Vec<T>* out, int64_t out_step) {
-    const Vec<T> odd = d[3] - d[1], even = d[4] - d[2];
-    out[0] = (d[0] + d[4]) - T(2) * d[2] + T(1.5) * odd;
-    out[out_step] = (d[4] - d[1]) + T(0.5) * d[2] + T(2.5) * d[3];
-    out[2 * out_step] = (d[4] + d[1]) - T(2.5) * d[2] + T(0.5) * d[3];
-    out[3 * out_step] = even + T(2) * odd;
-    out[4 * out_step] = even - T(0.5) * odd;
-    out[5 * out_step] = (d[1] + d[5]) - T(2) * d[3] + T(1.5) * even;
   }
 
   static void output(const Vec<T>* m, Vec<T>* out, int64_t out_step) {
@@ -65,9 +71,30 @@ struct F4 : UnitStride<T, 6> {
   }
 };
 
-// The points 0, 1, -1 and infinity.
+// Two outputs of five taps.
 template <class T>
-struct F2 : UnitStride<T, 4> {
+struct F2Of5 : SixPoints<T, 5> {
+  static void weight(const Vec<T>* w, int64_t step, Vec<T>* out, int64_t out_step) {
+    const Vec<T> a = w[0], b = w[step], c = w[2 * step], d = w[3 * step], e = w[4 * step];
+    const Vec<T> even = a + c + e, odd = b + d;
+    out[0] = a;
+    out[out_step] = (even + odd) * T(1. / 3);
+    out[2 * out_step] = (odd - even) * T(1. / 3);
+    out[3 * out_step] =
+        (a + T(0.5) * b + T(0.25) * c + T(0.125) * d + T(0.0625) * e) * T(-16. / 15);
+    out[4 * out_step] = ((a + T(4) * c + T(16) * e) - (T(2) * b + T(8) * d)) * T(1. / 15);
+    out[5 * out_step] = e;
+  }
+
+  static void output(const Vec<T>* m, Vec<T>* out, int64_t out_step) {
+    out[0] = (m[0] + (m[1] + m[2])) + (m[3] + m[4]);
+    out[out_step] = (m[1] - m[2]) + T(0.5) * m[3] - T(2) * m[4] + m[5];
+  }
+};
+
+// Two outputs of three taps: the points 0, 1, -1 and infinity.
+template <class T>
+struct F2 : UnitStride<T, 4, 3> {
   static void weight(const Vec<T>* w, int64_t step, Vec<T>* out, int64_t out_step) {
     const Vec<T> ends = w[0] + w[2 * step];
     out[0] = w[0];
@@ -146,7 +173,7 @@ struct TwoTaps {
 template <class Type>
 struct StrideTwo {
   using T = Type;
-  static constexpr int64_t kPoints = 9, kWeights = 6;
+  static constexpr int64_t kPoints = 9, kWeights = 6, kTaps = 3;
   static constexpr int64_t weight_of(int64_t point) { return point < 5 ? point : 5; }
 
   static void weight(const Vec<T>* w, int64_t step, Vec<T>* out, int64_t out_step) {

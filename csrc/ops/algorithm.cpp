@@ -22,6 +22,11 @@ double cost(const Work& work, int64_t edge, double products, double flat, double
   return work.tiles(edge) * products / results * (flat + transforms / work.depth);
 }
 
+// For 5x5 kernels, F(2x2): where it takes clearly less than the direct kernels, and torch's.
+bool five_gains(const Work& work) {
+  return work.tiles(2) >= kFewestTiles && cost(work, 2, 36, 1.2, 20) < 0.9 * 25;
+}
+
 Algorithm fastest(const Work& work, bool by_two, bool backward) {
   const bool phases = by_two && backward;  // four short sums, slow for their length
   const int64_t edge = phases ? 8 : 4;
@@ -66,26 +71,31 @@ Algorithm choose_algorithm(const char* op, const Conv& conv, const std::string& 
   MNP_CHECK(name == "auto" || name == "direct" || name == "winograd2" || name == "winograd4", op,
             ": algorithm must be 'auto', 'direct', 'winograd2' or 'winograd4', not '", name, "'");
   const bool by_two = both(conv.stride, 2);
-  const bool possible = conv.kh == 3 && conv.kw == 3 && both(conv.dilation, 1) &&
-                        conv.groups == 1 &&
-                        (both(conv.stride, 1) || (by_two && name != "winograd2"));
+  const bool five = conv.kh == 5 && conv.kw == 5 && both(conv.stride, 1) && name != "winograd2";
+  const bool three =
+      conv.kh == 3 && conv.kw == 3 && (both(conv.stride, 1) || (by_two && name != "winograd2"));
+  const bool possible = (three || five) && both(conv.dilation, 1) && conv.groups == 1;
   MNP_CHECK(possible || name == "auto" || name == "direct", op, ": algorithm '", name,
-            "' needs a 3x3 kernel with stride 1", name == "winograd4" ? " or 2" : "",
+            "' needs a 3x3 kernel with stride 1",
+            name == "winograd4" ? " or 2, or a 5x5 one with stride 1" : "",
             ", dilation 1 and groups 1, not ", conv.kh, "x", conv.kw, ", stride ", conv.stride[0],
             "x", conv.stride[1], ", dilation ", conv.dilation[0], "x", conv.dilation[1],
             " and groups ", conv.groups);
+  const bool plain = name == "auto" || name == "direct";
+  const bool is_free = name == "auto" && type == ScalarType::Float;
+  if (plain && backward && is_image(conv, type)) return Algorithm::image;
+  const Work work{conv.n, backward ? conv.h : conv.oh, backward ? conv.w : conv.ow,
+                  backward ? conv.k : conv.c};
+  if (possible && five && result != Result::weight_grad)
+    if (name == "winograd4" || (is_free && five_gains(work))) return Algorithm::winograd4;
+  if (is_free && result == Result::output && torch_wins(conv)) return Algorithm::torch;
   // Only odd paddings have gradients of the input by Winograd with stride 2.
   const bool even = conv.padding[0] % 2 == 0 || conv.padding[1] % 2 == 0;
-  const bool is_free = name == "auto" && type == ScalarType::Float;
-  if (is_free && result == Result::output && torch_wins(conv)) return Algorithm::torch;
-  const bool plain = name == "auto" || name == "direct";
-  if (plain && backward && is_image(conv, type)) return Algorithm::image;
-  if (!possible || name == "direct" || (backward && by_two && even)) return Algorithm::direct;
+  if (!possible || five || name == "direct" || (backward && by_two && even))
+    return Algorithm::direct;
   if (name == "winograd2") return Algorithm::winograd2;
   if (name == "winograd4") return Algorithm::winograd4;
   if (!is_free) return Algorithm::direct;
-  const Work work{conv.n, backward ? conv.h : conv.oh, backward ? conv.w : conv.ow,
-                  backward ? conv.k : conv.c};
   if (result != Result::weight_grad) return fastest(work, by_two, backward);
   // Gradients of weights gain from fewer tiles, with stride 1 from fewer channels too.
   const int64_t tiles = work.tiles(4), results = work.n * work.rows * work.cols;

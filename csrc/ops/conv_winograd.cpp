@@ -10,6 +10,7 @@ namespace {
 template <class T>
 const cpu::WinogradKernels<T>& kernels_for(const Conv& conv, Algorithm algorithm, bool transposed) {
   const auto& all = cpu::kernels_of<T>();
+  if (conv.kh == 5) return all.winograd2_of_5;
   if (conv.stride[0] == 2) return transposed ? all.winograd4_stride2_grad : all.winograd4_stride2;
   return algorithm == Algorithm::winograd2 ? all.winograd2 : all.winograd4;
 }
@@ -46,8 +47,8 @@ void run_winograd(cpu::Winograd<T>& a, const Conv& conv, Algorithm algorithm, co
   };
   const auto kept =
       kept_weights<T>(weights.data,
-                      {static_cast<int64_t>(algorithm), conv.stride[0], transposed, a.depth,
-                       a.width, weights.stride_j, weights.stride_q, weights.stride_d},
+                      {static_cast<int64_t>(algorithm), conv.kh, conv.stride[0], transposed,
+                       a.depth, a.width, weights.stride_j, weights.stride_q, weights.stride_d},
                       groups * group_size, pack_all);
   const int64_t tile_cost = 16 * a.depth * a.width;
   if (tiles <= a.width) {
@@ -112,7 +113,7 @@ void winograd_input_grad(const Conv& conv, Algorithm algorithm, const Tensor& we
   a.input = g;
   a.batch = conv.n, a.in_h = conv.oh, a.in_w = conv.ow, a.in_stride = g_stride, a.depth = conv.k;
   const auto before = [&](int i) {
-    return conv.stride[i] == 1 ? 2 - conv.padding[i] : (1 - conv.padding[i]) / 2;
+    return conv.stride[i] == 1 ? conv.kh - 1 - conv.padding[i] : (1 - conv.padding[i]) / 2;
   };
   a.padding_h = before(0), a.padding_w = before(1);
   a.output = dx;

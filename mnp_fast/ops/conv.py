@@ -31,9 +31,12 @@ def allows(layer: torch.nn.Conv2d, algorithm: str) -> bool:
     """Whether an algorithm can compute a convolution."""
     if not algorithm.startswith("winograd"):
         return True
-    strides = {(1, 1), (2, 2)} if algorithm == "winograd4" else {(1, 1)}
-    small = layer.kernel_size == (3, 3) and tuple(layer.dilation) == (1, 1) and layer.groups == 1
-    return small and tuple(layer.stride) in strides
+    computed = {(3, (1, 1))}  # kernel and stride
+    if algorithm == "winograd4":
+        computed |= {(3, (2, 2)), (5, (1, 1))}
+    size, other = layer.kernel_size
+    dense = tuple(layer.dilation) == (1, 1) and layer.groups == 1
+    return dense and size == other and (size, tuple(layer.stride)) in computed
 
 
 def masked_conv2d(
@@ -83,9 +86,10 @@ def masked_conv2d(
     activation
         `"none"` or `"relu"`.
     algorithm
-        `"direct"`, or on the CPU for a 3×3 kernel with dilation 1 and one group `"winograd4"`
-        (Winograd's F(4×4, 3×3), stride 1 or 2, several times faster) or `"winograd2"` (F(2×2, 3×3),
-        stride 1, slower than that and as exact as the direct one). Relative errors in float32 are
+        `"direct"`, or on the CPU for dilation 1 and one group `"winograd4"` (Winograd's
+        F(4×4, 3×3), stride 1 or 2, or F(2×2, 5×5), stride 1; several times faster) or
+        `"winograd2"` (F(2×2, 3×3), stride 1, slower than that and as exact as the direct one).
+        Relative errors in float32 are
         below 1e-5 for `"winograd4"` and 1e-6 for the others; in Winograd's an infinity becomes a
         NaN and reaches the outputs of its tile, or of weight gradients the filter's nine taps of a
         channel. Gradients of input and weight are computed by it too, but that of the input with

@@ -60,6 +60,21 @@ STRIDE_2 = {
         ("no samples", Conv(0, 3, 5, 5, 4), (1, 1)),
     )
 }
+FIVE = {
+    f"5x5, {name}": replace(conv, kernel=(5, 5), padding=padding)
+    for name, conv, padding in (
+        ("multiple of the tile", Conv(2, 16, 8, 8, 32), (2, 2)),
+        ("odd", Conv(3, 17, 7, 9, 33), (2, 2)),
+        ("one channel", Conv(2, 1, 5, 5, 1), (2, 2)),
+        ("one output", Conv(3, 4, 5, 5, 6), (0, 0)),
+        ("one row", Conv(1, 20, 1, 30, 9), (2, 2)),
+        ("uneven padding", Conv(2, 8, 6, 7, 16), (3, 0)),
+        ("padding beyond the kernel", Conv(2, 5, 4, 4, 6), (6, 5)),
+        ("more neurons than tiles", Conv(1, 40, 5, 5, 130), (2, 2)),
+        ("many blocks", Conv(7, 70, 11, 13, 50), (2, 2)),
+        ("no samples", Conv(0, 3, 5, 5, 4), (2, 2)),
+    )
+}
 # With more tiles than neurons, and with fewer.
 THREADED = {
     "tiles": Conv(4, 24, 13, 13, 40),
@@ -69,8 +84,14 @@ THREADED_STRIDE_2 = {
     f"stride 2, {name}": replace(conv, h=2 * conv.h, w=2 * conv.w, stride=(2, 2))
     for name, conv in THREADED.items()
 }
+THREADED_FIVE = {
+    f"5x5, {name}": replace(conv, kernel=(5, 5), padding=(2, 2)) for name, conv in THREADED.items()
+}
 # Layers of a ResNet-18 for 32x32 images.
 LAYERS = [Conv(2, c, size, size, c) for c, size in ((64, 32), (128, 16), (256, 8), (512, 4))]
+FIVE_LAYERS = [
+    Conv(2, c, size, size, c, kernel=(5, 5), padding=(2, 2)) for c, size in ((64, 16), (192, 8))
+]
 STRIDE_2_LAYERS = [
     Conv(2, c, size, size, 2 * c, stride=(2, 2)) for c, size in ((64, 32), (128, 16), (256, 8))
 ]
@@ -82,13 +103,16 @@ def cases(algorithm, shapes):
 
 each_case = pytest.mark.parametrize(
     ("algorithm", "conv"),
-    [*cases("winograd2", SHAPES), *cases("winograd4", SHAPES), *cases("winograd4", STRIDE_2)],
+    [*cases("winograd2", SHAPES), *cases("winograd4", SHAPES | STRIDE_2 | FIVE)],
 )
 each_odd_case = pytest.mark.parametrize(
     ("algorithm", "conv"),
     [
         *cases("winograd2", {"odd": SHAPES["odd"]}),
-        *cases("winograd4", {name: (SHAPES | STRIDE_2)[name] for name in ("odd", "stride 2, odd")}),
+        *cases(
+            "winograd4",
+            {n: (SHAPES | STRIDE_2 | FIVE)[n] for n in ("odd", "stride 2, odd", "5x5, odd")},
+        ),
     ],
 )
 # Bounds of the relative error in float32, as documented.
@@ -118,13 +142,15 @@ def test_every_dtype(conv, dtype, algorithm):
 def test_random_shapes(dtype, seed, algorithm):
     torch.manual_seed(seed)
     draw = lambda low, high: int(torch.randint(low, high + 1, ()))  # noqa: E731
-    for stride in (1, 1, 1, 2, 2, 2) * 2 if algorithm == "winograd4" else (1,) * 12:
+    kinds = ((3, 1), (3, 2), (5, 1)) if algorithm == "winograd4" else ((3, 1),)
+    for edge, stride in kinds * (12 // len(kinds)):
         conv = Conv(
             n=draw(1, 5),
             c=draw(1, 70),
-            h=draw(3, 20),
-            w=draw(3, 20),
+            h=draw(5, 20),
+            w=draw(5, 20),
             k=draw(1, 90),
+            kernel=(edge, edge),
             stride=(stride, stride),
             padding=(draw(0, 2), draw(0, 2)),
         )
@@ -136,7 +162,7 @@ def test_random_shapes(dtype, seed, algorithm):
     ("name", "conv"),
     [
         *((name, conv) for name in ERRORS for conv in LAYERS),
-        *((name, conv) for name in ("direct", "winograd4") for conv in STRIDE_2_LAYERS),
+        *((n, conv) for n in ("direct", "winograd4") for conv in STRIDE_2_LAYERS + FIVE_LAYERS),
     ],
     ids=str,
 )
@@ -215,6 +241,7 @@ def test_channels_last(channels_last, conv, algorithm):
         ("winograd2", Conv(2, 3, 5, 6, 4, padding=(0, 1))),
         ("winograd4", Conv(2, 3, 5, 6, 4, padding=(0, 1))),
         ("winograd4", Conv(2, 3, 7, 6, 4, stride=(2, 2), padding=(1, 1))),
+        ("winograd4", Conv(2, 3, 5, 6, 4, kernel=(5, 5), padding=(1, 3))),
     ],
     ids=str,
 )
@@ -244,6 +271,7 @@ def test_opcheck(channels_last, conv, algorithm):
         *cases("winograd2", THREADED),
         *cases("winograd4", THREADED),
         *cases("winograd4", THREADED_STRIDE_2),
+        *cases("winograd4", THREADED_FIVE),
     ],
 )
 def test_same_bits_whatever_the_number_of_threads(conv, algorithm):
@@ -262,6 +290,7 @@ def test_same_bits_whatever_the_number_of_threads(conv, algorithm):
         ("winograd2", Conv(9, 24, 9, 9, 40)),
         ("winograd4", Conv(9, 24, 9, 9, 40)),
         ("winograd4", Conv(9, 24, 17, 17, 40, stride=(2, 2))),
+        ("winograd4", Conv(9, 24, 9, 9, 40, kernel=(5, 5), padding=(2, 2))),
     ],
     ids=str,
 )
@@ -277,14 +306,17 @@ def test_auto_follows_shape_and_dtype():
         """For the output and for the gradients of input and weight."""
         inputs = conv_inputs(conv, dtype)
         x, weight = (inputs[name].requires_grad_() for name in ("x", "weight"))
-        names = ["auto", "direct", "winograd4", *["winograd2"] * (conv.stride == (1, 1))]
+        small = conv.stride == (1, 1) and conv.kernel == (3, 3)
+        names = ["auto", "direct", "winograd4", *["winograd2"] * small]
         results = {}
         for name in names:
             y = masked_conv2d(**inputs, **conv.geometry, algorithm=name)
             results[name] = y, *torch.autograd.grad(y.sum(), (x, weight))
         for auto, *others in zip(*results.values(), strict=True):
-            (same,) = [i for i, other in enumerate(others) if torch.equal(auto, other)]
-            yield names[1 + same]
+            # Gradients of 5x5 weights are direct whatever the name.
+            same = [i for i, other in enumerate(others) if torch.equal(auto, other)]
+            assert len(same) == 1 or conv.kernel == (5, 5)
+            yield names[1 + same[0]]
 
     assert [*chosen(LAYERS[0])] == ["winograd4"] * 3
     assert [*chosen(STRIDE_2_LAYERS[0])] == ["winograd4"] * 3
@@ -296,6 +328,8 @@ def test_auto_follows_shape_and_dtype():
     assert [*chosen(Conv(1, 64, 2, 2, 64))] == ["direct"] * 3
     assert [*chosen(Conv(2, 64, 6, 6, 8))] == ["winograd2", "direct", "winograd4"]
     assert [*chosen(Conv(1, 12, 12, 12, 20))] == ["winograd4", "winograd4", "winograd4"]
+    assert [*chosen(FIVE_LAYERS[0])] == ["winograd4", "winograd4", "direct"]
+    assert [*chosen(FIVE["5x5, one channel"])] == ["direct"] * 3
     assert [*chosen(Conv(8, 16, 16, 16, 32, stride=(2, 2)))] == ["direct", "winograd4", "winograd4"]
 
 
@@ -304,6 +338,8 @@ def test_auto_follows_shape_and_dtype():
     [
         *((a, n) for a in ("winograd2", "winograd4") for n in ("1x1", "dilated", "grouped")),
         ("winograd2", "stride2"),
+        ("winograd2", "5x5"),
+        ("winograd4", "5x5 stride 2"),
         ("winograd4", "stride 3"),
         ("winograd4", "stride 1x2"),
     ],
@@ -313,6 +349,8 @@ def test_shapes_it_cannot_compute_are_refused(name, algorithm):
         **CONVS,
         "stride 3": Conv(1, 3, 7, 7, 4, stride=(3, 3)),
         "stride 1x2": Conv(1, 3, 7, 7, 4, stride=(1, 2)),
+        "5x5": Conv(1, 3, 7, 7, 4, kernel=(5, 5)),
+        "5x5 stride 2": Conv(1, 3, 7, 7, 4, kernel=(5, 5), stride=(2, 2)),
     }[name]
     inputs = conv_inputs(conv, torch.float32)
     with pytest.raises(RuntimeError, match=rf"'{algorithm}' needs a 3x3 kernel with stride 1"):
