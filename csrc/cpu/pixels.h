@@ -184,7 +184,9 @@ inline void write_tile(const Direct<T>& a, const Place* places, int64_t first, i
   constexpr int L = VecOf<T>::lanes;
   const Epilogue<T>& e = *a.epilogue;
   if (used < V * L) {
+#pragma GCC unroll 4
     for (int v = 0; v < V; ++v)
+#pragma GCC unroll 16
       for (int i = 0; i < R; ++i)
         OutputLane<T>(&e, places[i].sample, first + v * L, min(L, used - v * L))
             .write(a.output, places[i].element + first + v * L, u[i][v]);

@@ -45,10 +45,10 @@ bool torch_wins(const Conv& conv) {
   const int64_t lanes = cpu::kernels_of<float>().panel / 2;
   const int64_t pixels = conv.n * conv.oh * conv.ow;
   const int64_t products = pixels * conv.k * conv.group_in() * conv.taps();
-  if (lanes < 8 || products < kWorthACall) return false;
+  if (lanes < 8 || products < kWorthACall || conv.reads_rows()) return false;
   const bool strides =
       conv.taps() == 1 && (conv.stride[0] > 1 || conv.stride[1] > 1) && pixels > 32 * conv.k;
-  if (conv.groups == 1 && (strides || (conv.c < 16 && conv.kw > 1))) return true;
+  if (conv.groups == 1 && strides) return true;
   if (lanes < 16) return false;
   if (conv.groups == 1 || conv.is_depthwise()) return conv.taps() > 9;
   // Below, groups share vectors well; above, they fill them.

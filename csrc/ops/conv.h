@@ -40,6 +40,8 @@ struct Conv {
   int64_t group_in() const { return c / groups; }
   int64_t group_out() const { return k / groups; }
   bool is_depthwise() const { return groups > 1 && groups == c && groups == k; }
+  // Channels are so few that the direct kernels read a kernel's whole rows at a time.
+  bool reads_rows() const { return groups == 1 && c < 16 && kw > 1 && dilation[1] == 1; }
 };
 
 // Weights of the first group, whose taps lie at one stride; `transposed` swaps the roles of input

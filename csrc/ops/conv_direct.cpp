@@ -123,7 +123,8 @@ void run_by_panels(const cpu::Direct<T>& a, const cpu::PackPanels<T>& weights, i
 }
 
 template <class T>
-void run(cpu::Direct<T>& a, const Conv& conv, const cpu::PackPanels<T>& weights, const Taps& taps) {
+void run(cpu::Direct<T>& a, const Conv& conv, const cpu::PackPanels<T>& weights, const Taps& taps,
+         bool image = false) {
   const auto& kernels =
       weights.groups > 1 ? cpu::kernels_of_group<T>(weights.width) : cpu::kernels_of<T>();
   a.taps = static_cast<int64_t>(taps.h.size());
@@ -154,11 +155,12 @@ void run(cpu::Direct<T>& a, const Conv& conv, const cpu::PackPanels<T>& weights,
   const auto own = buffer<T>(kept ? 0 : size);
   if (!kept) pack_all(own.get());
   a.panels = kept ? kept.get() : own.get();
-  torch::stable::parallel_for(0, pixels, grain(a.taps * a.depth * a.width * a.groups),
-                              [&](int64_t begin, int64_t end) {
-                                const auto scratch = buffer<char>(kernels.direct_scratch(a));
-                                kernels.direct(a, begin, end, scratch.get());
-                              });
+  const int64_t cost = a.taps * a.depth * a.width * a.groups;
+  torch::stable::parallel_for(0, pixels, grain(cost), [&](int64_t begin, int64_t end) {
+    if (image) return kernels.image_forward(a, begin, end);
+    const auto scratch = buffer<char>(kernels.direct_scratch(a));
+    kernels.direct(a, begin, end, scratch.get());
+  });
 }
 
 // Pixels that no tap meets: their sum is the residual, or 0.
@@ -182,9 +184,6 @@ void write_without_taps(const cpu::Direct<T>& a, const Conv& conv) {
 
 }  // namespace
 
-// Below so many channels a tap is too short a run: a kernel's whole rows are read at a time.
-constexpr int64_t kFewChannels = 16;
-
 template <class T>
 void direct_forward(const Conv& conv, const Tensor& weight, const T* x,
                     const cpu::Epilogue<T>& epilogue, T* y) {
@@ -199,12 +198,12 @@ void direct_forward(const Conv& conv, const Tensor& weight, const T* x,
   a.output = y;
   a.out_step_h = a.out_step_w = 1;
   a.epilogue = &epilogue;
-  if (conv.groups == 1 && conv.c < kFewChannels && conv.kw > 1 && conv.dilation[1] == 1) {
+  if (conv.reads_rows()) {
     const auto padded = pad(conv, x);
     a.input = padded.get();
     a.in_h += 2 * conv.padding[0], a.in_w += 2 * conv.padding[1];
     a.depth *= conv.kw;
-    return run(a, conv, weights, row_taps(conv));
+    return run(a, conv, weights, row_taps(conv), true);
   }
   run(a, conv, weights, taps);
 }
