@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from mnp_fast import frozen_weights, reference, wrap
+from mnp_fast import _C, frozen_weights, reference, wrap
 from mnp_fast.ops import masked_conv2d, masked_linear
 
 from .cases import (
@@ -360,11 +360,16 @@ def no_product(monkeypatch):
     monkeypatch.setattr("mnp_fast.ops.linear.F", SimpleNamespace(linear=fail))
 
 
-@pytest.mark.parametrize("shape", [(1024, 7), (1031, 7), (3, 400, 5), (2, 3, 200, 5)])
+MUCH = [((1024, 7), 20), ((1031, 7), 20), ((3, 400, 5), 20), ((2, 3, 200, 5), 20)]
+if _C.instruction_set != "baseline":
+    MUCH += [((67, 520), 510), ((2, 2900), 2900)]  # fewer rows, with much to multiply
+
+
+@pytest.mark.parametrize(("shape", "neurons"), MUCH)
 @pytest.mark.parametrize("per_sample", [False, True])
-def test_many_rows_are_computed_by_the_convolutions_kernel(shape, per_sample, no_product):
-    mask = random_mask(*shape[:1] * per_sample, 20, dtype=torch.float32)
-    inputs = linear_problem(shape, 20, mask)
+def test_much_is_computed_by_the_convolutions_kernel(shape, neurons, per_sample, no_product):
+    mask = random_mask(*shape[:1] * per_sample, neurons, dtype=torch.float32)
+    inputs = linear_problem(shape, neurons, mask)
     weight = inputs.pop("weight")
     mine = require_grad(inputs)
     exact = require_grad({name: tensor.double() for name, tensor in inputs.items()})
