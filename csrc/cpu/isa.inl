@@ -97,8 +97,8 @@ inline double sqrt(double x) { return __builtin_sqrt(x); }
 #include "depthwise.h"
 #include "narrow.h"
 #include "direct.h"
+#include "direct_rows.h"
 #include "image_grad.h"
-#include "image_forward.h"
 #include "living.h"
 #include "weight_grad.h"
 #include "spectral.h"
@@ -130,7 +130,7 @@ constexpr Kernels<T> make_kernels() {
           pack_panels<T>,
           direct_scratch<T>,
           direct<T>,
-          image_forward<T>,
+          direct_rows<T>,
           image_grad_scratch<T>,
           image_grad<T>,
           depthwise_weight_grad<T>,

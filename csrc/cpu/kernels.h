@@ -225,9 +225,9 @@ struct Kernels {
   int64_t (*direct_scratch)(const Direct<T>&);
   // Grid pixels [begin, end) of batch * rows * cols.
   void (*direct)(const Direct<T>&, int64_t begin, int64_t end, char* scratch);
-  // Grid pixels [begin, end) of a padded image of few channels: every tap reads a row of `depth`
-  // elements inside the image.
-  void (*image_forward)(const Direct<T>&, int64_t begin, int64_t end);
+  // The same for one group, where every tap reads a run of `depth` elements inside the image, from
+  // column step_w * j on.
+  void (*direct_rows)(const Direct<T>&, int64_t begin, int64_t end);
   // Elements of scratch for so many rows of an image's gradient, and rows [begin, end) of
   // batch * in_h.
   int64_t (*image_grad_scratch)(const ImageGrad<T>&, int64_t rows);

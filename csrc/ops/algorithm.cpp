@@ -39,17 +39,13 @@ Algorithm fastest(const Work& work, bool by_two, bool backward) {
 }
 
 // Where torch's convolution and a pass over its output take less time than the direct kernels,
-// which has been measured on x86-64 with AVX2 and AVX-512. It costs more to call.
+// which has been measured with AVX-512. It costs more to call.
 bool torch_wins(const Conv& conv) {
   constexpr int64_t kWorthACall = int64_t{4} << 20;  // multiply-adds
   const int64_t lanes = cpu::kernels_of<float>().panel / 2;
   const int64_t pixels = conv.n * conv.oh * conv.ow;
   const int64_t products = pixels * conv.k * conv.group_in() * conv.taps();
-  if (lanes < 8 || products < kWorthACall || conv.reads_rows()) return false;
-  const bool strides =
-      conv.taps() == 1 && (conv.stride[0] > 1 || conv.stride[1] > 1) && pixels > 32 * conv.k;
-  if (conv.groups == 1 && strides) return true;
-  if (lanes < 16) return false;
+  if (lanes < 16 || products < kWorthACall || conv.reads_rows()) return false;
   if (conv.groups == 1 || conv.is_depthwise()) return conv.taps() > 9;
   // Below, groups share vectors well; above, they fill them.
   return conv.group_out() >= 8 && conv.group_out() <= 16;

@@ -40,6 +40,10 @@ struct Conv {
   int64_t group_in() const { return c / groups; }
   int64_t group_out() const { return k / groups; }
   bool is_depthwise() const { return groups > 1 && groups == c && groups == k; }
+  // A 1x1 kernel that reads every pixel, or every second one, ... as it lies.
+  bool is_pointwise() const {
+    return groups == 1 && taps() == 1 && padding[0] == 0 && padding[1] == 0;
+  }
   // Channels are so few that the direct kernels read a kernel's whole rows at a time.
   bool reads_rows() const { return groups == 1 && c < 16 && kw > 1 && dilation[1] == 1; }
 };

@@ -122,9 +122,19 @@ void run_by_panels(const cpu::Direct<T>& a, const cpu::PackPanels<T>& weights, i
       });
 }
 
+// Products that are added up one after the other, so that their rounding stays within its bound.
+constexpr int64_t kLongestSum = 1024;
+
+// Images of one row, which a 1x1 kernel of stride 1 sees them as.
+template <class T>
+void flatten(cpu::Direct<T>& a) {
+  a.in_w *= a.in_h, a.cols *= a.rows, a.out_w *= a.out_h;
+  a.in_h = a.rows = a.out_h = 1;
+}
+
 template <class T>
 void run(cpu::Direct<T>& a, const Conv& conv, const cpu::PackPanels<T>& weights, const Taps& taps,
-         bool image = false) {
+         bool in_rows = false) {
   const auto& kernels =
       weights.groups > 1 ? cpu::kernels_of_group<T>(weights.width) : cpu::kernels_of<T>();
   a.taps = static_cast<int64_t>(taps.h.size());
@@ -133,6 +143,7 @@ void run(cpu::Direct<T>& a, const Conv& conv, const cpu::PackPanels<T>& weights,
   a.groups = weights.groups, a.width = weights.width;
   a.out_stride = a.groups * a.width;
   a.l1 = cpu::caches().l1, a.l2 = cpu::caches().l2;
+  if (conv.is_pointwise() && conv.stride[0] == 1 && conv.stride[1] == 1) flatten(a);
   const int64_t pixels = conv.n * a.rows * a.cols, panels = kernels.panels_count(weights);
   const int64_t size = kernels.panels_size(weights);
   const auto pack_all = [&](T* packed) {
@@ -157,7 +168,7 @@ void run(cpu::Direct<T>& a, const Conv& conv, const cpu::PackPanels<T>& weights,
   a.panels = kept ? kept.get() : own.get();
   const int64_t cost = a.taps * a.depth * a.width * a.groups;
   torch::stable::parallel_for(0, pixels, grain(cost), [&](int64_t begin, int64_t end) {
-    if (image) return kernels.image_forward(a, begin, end);
+    if (in_rows && a.taps * a.depth <= kLongestSum) return kernels.direct_rows(a, begin, end);
     const auto scratch = buffer<char>(kernels.direct_scratch(a));
     kernels.direct(a, begin, end, scratch.get());
   });
@@ -205,7 +216,7 @@ void direct_forward(const Conv& conv, const Tensor& weight, const T* x,
     a.depth *= conv.kw;
     return run(a, conv, weights, row_taps(conv), true);
   }
-  run(a, conv, weights, taps);
+  run(a, conv, weights, taps, conv.is_pointwise());
 }
 
 template <class T>
@@ -229,7 +240,7 @@ void direct_input_grad(const Conv& conv, const Tensor& weight, const T* g, int64
       if (taps.h.empty())
         write_without_taps(a, conv);
       else
-        run(a, conv, packing<T>(conv, weight, taps, true), taps);
+        run(a, conv, packing<T>(conv, weight, taps, true), taps, conv.is_pointwise());
     }
 }
 
