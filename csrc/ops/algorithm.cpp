@@ -56,7 +56,7 @@ bool torch_wins(const Conv& conv) {
 bool is_image(const Conv& conv, ScalarType type) {
   const int64_t panel =
       type == ScalarType::Double ? cpu::kernels_of<double>().panel : cpu::kernels_of<float>().panel;
-  return conv.groups == 1 && conv.taps() > 1 && conv.c <= panel / 4;
+  return conv.groups == 1 && conv.taps() > 1 && conv.c <= panel / 4 && conv.k <= kLongestSum;
 }
 
 }  // namespace

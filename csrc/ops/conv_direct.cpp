@@ -122,9 +122,6 @@ void run_by_panels(const cpu::Direct<T>& a, const cpu::PackPanels<T>& weights, i
       });
 }
 
-// Products that are added up one after the other, so that their rounding stays within its bound.
-constexpr int64_t kLongestSum = 1024;
-
 // Images of one row, which a 1x1 kernel of stride 1 sees them as.
 template <class T>
 void flatten(cpu::Direct<T>& a) {
@@ -167,8 +164,10 @@ void run(cpu::Direct<T>& a, const Conv& conv, const cpu::PackPanels<T>& weights,
   if (!kept) pack_all(own.get());
   a.panels = kept ? kept.get() : own.get();
   const int64_t cost = a.taps * a.depth * a.width * a.groups;
+  // Each tile reads all panels.
+  const bool fits = a.taps * a.depth <= kLongestSum && size * int64_t(sizeof(T)) <= a.l2 / 2;
   torch::stable::parallel_for(0, pixels, grain(cost), [&](int64_t begin, int64_t end) {
-    if (in_rows && a.taps * a.depth <= kLongestSum) return kernels.direct_rows(a, begin, end);
+    if (in_rows && fits) return kernels.direct_rows(a, begin, end);
     const auto scratch = buffer<char>(kernels.direct_scratch(a));
     kernels.direct(a, begin, end, scratch.get());
   });
@@ -210,8 +209,9 @@ void direct_forward(const Conv& conv, const Tensor& weight, const T* x,
   a.out_step_h = a.out_step_w = 1;
   a.epilogue = &epilogue;
   if (conv.reads_rows()) {
-    const auto padded = pad(conv, x);
-    a.input = padded.get();
+    const bool is_padded = conv.padding[0] > 0 || conv.padding[1] > 0;
+    const auto padded = is_padded ? pad(conv, x) : nullptr;
+    if (is_padded) a.input = padded.get();
     a.in_h += 2 * conv.padding[0], a.in_w += 2 * conv.padding[1];
     a.depth *= conv.kw;
     return run(a, conv, weights, row_taps(conv), true);
