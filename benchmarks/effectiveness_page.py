@@ -39,7 +39,10 @@ the standard deviation where there are several.
 - `+rule`: the peer's order of neurons, cut by the rule of `mnp_fast.defend`, without its repair.
   Without `+rule`, the peer's published cut. `mnp:` with settings of `DefenseConfig` behind it is
   `mnp` with these in place of the defaults. With `drift_weight=0` it does not look at what norms
-  remember.
+  remember. Where no class is conspicuous it looks further; with `suppressions_again=0`,
+  `drift_favour=1`, `drift_agreement=1` or `untargeted=0` it goes without more suppressions, without
+  the class that norms remember, without a trigger of all classes that agrees with them, or without
+  one by its size.
 - **Seeds 0 to 2 are not held back**: `few`, `conspicuous`, `untargeted` and the repair of `mnp`
   were set after a look at what it did to models of these seeds; the second look at doubtful
   suspects after the WaNet model of seed 0 and width 16, which `conspicuous_again` just takes in;
@@ -48,6 +51,7 @@ the standard deviation where there are several.
   64; that all classes are looked at before the one that norms remember, after the all-to-all model
   of seed 1 of VGG-13. Where there are other seeds, a table of its own is of them alone.
 """
+USUAL = 100  # clean images
 LOOKED_AT = (0, 1, 2)  # seeds of models on which settings were chosen
 
 
@@ -106,11 +110,13 @@ def _title(section: Section) -> str:
 
 
 def _overview(sections: list[tuple[Section, list[CellFigures]]]) -> str:
-    """A row a section: what is left after ours with its defaults."""
-    rows = []
+    """What is left after ours with its defaults, a row a section and one for the usual number."""
+    rows, usual = [], []
     for section, found in sections:
         ours = [figures for figures in found if figures["cell"]["defense"] == OURS]
         rows += [[_title(section), *row[1:-2]] for row in _rows(ours)]
+        usual += [figures for figures in ours if figures["cell"]["clean"] == USUAL]
+    rows += [[f"all with {USUAL} clean images", *row[1:-2]] for row in _rows(usual)]
     return f"\n`{OURS}`, by data and network:\n\n" + table(["", *SUMMARY[1:-2]], rows)
 
 
