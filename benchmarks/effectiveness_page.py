@@ -83,7 +83,8 @@ def write_page(cells: Path, page: Path) -> str:
         with atomic_path(picture) as path:
             _picture(plain).savefig(path, format="png")
         text += f"\n## {_title(section)}\n\n![Attack success left](images/{picture.name})\n\n"
-        text += _summaries(plain) + _variants(found) + _models(found) + "\n" + _details(found)
+        text += _summaries(plain) + _behind(plain) + _variants(found) + _models(found)
+        text += "\n" + _details(found)
     with atomic_path(page) as path:
         path.write_text(text)
     return text
@@ -137,6 +138,30 @@ def _summaries(found: list[CellFigures]) -> str:
         first, *_, last = LOOKED_AT
         text += f"Without seeds {first} to {last}:\n\n{table(SUMMARY, _rows(unseen))}\n"
     return text
+
+
+def _behind(found: list[CellFigures]) -> str:
+    """A row an attack and peer that leaves less of it than ours, on the same models."""
+    ours = {_model(f): f for f in found if f["cell"]["defense"] == OURS and "after" in f}
+    rows = []
+    for name, cells in _by_defense(found).items():
+        for attack in ATTACKS:
+            pairs = [
+                (cell, ours[_model(cell)])
+                for cell in cells
+                if _attack(cell) == attack and _took(cell) and _model(cell) in ours
+            ]
+            asr = [
+                [figures["after"]["asr"] for figures in column]
+                for column in zip(*pairs, strict=True)
+            ]
+            if asr and statistics.mean(asr[0]) < statistics.mean(asr[1]):
+                lost = [_mean(map(_loss, column)) for column in zip(*pairs, strict=True)]
+                rows.append([attack, name, str(len(pairs)), *map(_mean, asr), *lost])
+    if not rows:
+        return ""
+    head = ("attack", "defense", "models", "ASR", f"by `{OURS}`", "ACC lost", f"by `{OURS}`")
+    return f"Where others leave less than `{OURS}`:\n\n{table(head, rows)}\n"
 
 
 def _variants(found: list[CellFigures]) -> str:

@@ -91,6 +91,7 @@ def test_page(tmp_path):
         cell("none", "mnp", 0, None, accuracy=97.5),
         cell("badnets", "mnp:alpha=1", 0, 60.0),
         cell("badnets", "clp", 0, 20.0),
+        cell("badnets", "rnp", 0, 0.5, accuracy=80.0),
         {**cell("sig", "clp", 0, 0.0), "error": "defense clp failed: so"},
     ]
     found[2]["before"]["asr"] = 80.0  # did not take
@@ -103,6 +104,9 @@ def test_page(tmp_path):
     assert "sig, seed 0: defense clp failed: so" in text
     assert "| mnp | 1 | 1.0 | 1.0 |" in text  # beside its peers, on their models
     assert "| clp | 1 | 1.0 | 20.0 |" in text
+    assert "| badnets | rnp | 1 | 0.5 | 1.0 | 18.0 | 1.0 |" in text  # leaves less than ours
+    assert "| badnets | clp | 1 |" not in text
+    assert "| all with 100 clean images | 2 |" in text
     assert "| mnp:alpha=1 | 1 | 1.0 | 1.0 | 60.0 | 1.0 | – | – |" in text
 
 
