@@ -71,9 +71,11 @@ template <class T, int R, int V, bool Groups>
   Vec<T> acc[R][V];
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
     for (int v = 0; v < V; ++v) acc[i][v] = Vec<T>{};
   // What the next tile writes and reads, if it lies behind this one.
   if (part.is_last)
+#pragma GCC unroll 16
     for (int i = 0; i < R; ++i)
       prefetch_outputs<V * L>(a, places[i].element + R * a.out_step_w * a.out_stride + first);
   const int64_t ahead = a.step_w == 1 ? R * a.in_stride : 0;
@@ -91,10 +93,13 @@ template <class T, int R, int V, bool Groups>
 #pragma GCC unroll 4
     for (int64_t d = 0; d < part.depth; ++d) {
       Vec<T> b[V];
+#pragma GCC unroll 4
       for (int v = 0; v < V; ++v) b[v] = load<T>(panel + v * next_panel);
       __builtin_prefetch(rows[0] + ahead + d * R);
       panel += step;
+#pragma GCC unroll 16
       for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
         for (int v = 0; v < V; ++v) acc[i][v] += b[v] * rows[i][d + v * next_read];
     }
   }
@@ -102,10 +107,14 @@ template <class T, int R, int V, bool Groups>
   T* const sums = part.sums;
   const int64_t stride = part.sums_stride;
   if (!part.is_first)
+#pragma GCC unroll 16
     for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
       for (int v = 0; v < V; ++v) acc[i][v] += load<T>(sums + i * stride + v * L);
   if (part.is_last) return write_tile(a, places, first, used, acc);
+#pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
     for (int v = 0; v < V; ++v) store<T>(sums + i * stride + v * L, acc[i][v]);
 }
 

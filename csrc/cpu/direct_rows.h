@@ -12,8 +12,10 @@ template <class T, int V, int R>
   Vec<T> acc[R][V];
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
     for (int v = 0; v < V; ++v) acc[i][v] = Vec<T>{};
   // What the next tile writes and, with stride 1, reads.
+#pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
     prefetch_outputs<V * L>(a, places[i].element + R * a.out_step_w * a.out_stride + first);
   const int64_t row = a.in_w * a.in_stride, step = a.step_w * a.in_stride, depth = a.depth;
@@ -26,13 +28,17 @@ template <class T, int V, int R>
 #pragma GCC unroll 4
     for (int64_t d = 0; d < depth; ++d) {
       Vec<T> b[V];
+#pragma GCC unroll 4
       for (int v = 0; v < V; ++v) b[v] = load<T>(panel + v * L);
       __builtin_prefetch(next + d * R);
       panel += V * L;
+#pragma GCC unroll 16
       for (int i = 0; i < R; ++i) {
         const T x = base[i / 3][i % 3 * step];
+#pragma GCC unroll 4
         for (int v = 0; v < V; ++v) acc[i][v] += b[v] * x;
       }
+#pragma GCC unroll 16
       for (int i = 0; i < R; i += 3) ++base[i / 3];
     }
   }

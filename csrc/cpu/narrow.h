@@ -39,8 +39,11 @@ template <class T, int W, int R, int V, bool Whole>
 [[gnu::noinline]] void narrow_tile(const Direct<T>& a, const TapReads<T>& reads,
                                    const Place* places, int64_t first, int64_t used) {
   constexpr int L = VecOf<T>::lanes;
+  // Unrolled before anything else, this loop leaves them in registers.
   Vec<T> acc[R][V];
+#pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
     for (int v = 0; v < V; ++v) acc[i][v] = Vec<T>{};
   // What the next tile writes, and what it is first to read, if it lies behind this one.
   const int64_t written = R * a.out_step_w * a.groups * W, read = R * a.step_w * a.in_stride;

@@ -42,6 +42,7 @@ template <class T, bool Transposed, int R, int V>
   Vec<T> acc[R][V];
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
     for (int v = 0; v < V; ++v) acc[i][v] = Vec<T>{};
   // Three rows a pointer: x86 addresses at base, base + stride and base + 2 * stride.
   const T* base[(R + 2) / 3];
@@ -52,6 +53,7 @@ template <class T, bool Transposed, int R, int V>
 #pragma GCC unroll 4
   for (int64_t d = 0; d < depth; ++d) {
     Vec<T> b[V];
+#pragma GCC unroll 4
     for (int v = 0; v < V; ++v) b[v] = load<T>(panel + v * L);
     // The next panel, which lies behind this one.
     for (int v = 0; v < V * L * int(sizeof(T)); v += 64)
@@ -63,17 +65,24 @@ template <class T, bool Transposed, int R, int V>
       ahead += rows.stride;
       if (d % kLine == kLine - 1) ahead += kLine - kLine * rows.stride;
     }
+#pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
       const T x = base[i / 3][Transposed ? i % 3 : i % 3 * rows.stride];
+#pragma GCC unroll 4
       for (int v = 0; v < V; ++v) acc[i][v] += b[v] * x;
     }
+#pragma GCC unroll 16
     for (int i = 0; i < R; i += 3) base[i / 3] += Transposed ? rows.stride : 1;
   }
   // Sums of parts have smaller rounding errors than one long sum.
   if (accumulate)
+#pragma GCC unroll 16
     for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
       for (int v = 0; v < V; ++v) acc[i][v] += load<T>(out + i * out_stride + v * L);
+#pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
     for (int v = 0; v < V; ++v) store<T>(out + i * out_stride + v * L, acc[i][v]);
 }
 
