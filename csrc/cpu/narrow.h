@@ -76,6 +76,8 @@ inline void narrow_pixel_tile(const Direct<T>& a, const TapReads<T>& reads, cons
   constexpr int64_t L = VecOf<T>::lanes;
   const int64_t channels = a.groups * W;
   int64_t c = 0;
+  if constexpr (W == 1 && R <= 4)
+    for (; c + 4 * L <= channels; c += 4 * L) narrow_tile<T, W, R, 4, true>(a, reads, places, c, L);
   for (; c + 2 * L <= channels; c += 2 * L) narrow_tile<T, W, R, 2, true>(a, reads, places, c, L);
   for (; c < channels; c += L)
     narrow_tile<T, W, R, 1, false>(a, reads, places, c, min(L, channels - c));
@@ -106,8 +108,9 @@ void narrow(const Direct<T>& a, int64_t begin, int64_t end, char* memory) {
     find_pixels(a, chunk, pixels, scratch);
     int64_t s = 0;
     TapReads<T> reads{scratch.reads, pixels, scratch.zeros};
-    for (; s + kPointerRows <= pixels; s += kPointerRows, reads.first += kPointerRows)
-      narrow_pixel_tile<T, W, kPointerRows>(a, reads, scratch.places + s);
+    constexpr int R = W == 1 ? 4 : kPointerRows;
+    for (; s + R <= pixels; s += R, reads.first += R)
+      narrow_pixel_tile<T, W, R>(a, reads, scratch.places + s);
     for (; s < pixels; ++s, ++reads.first) narrow_pixel_tile<T, W, 1>(a, reads, scratch.places + s);
   }
 }
