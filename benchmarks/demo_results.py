@@ -30,9 +30,8 @@ whether the rest was repaired; the class the defense suspects. `none` is a model
 Defaults were chosen on seeds 10 to 16, with exceptions that networks of seeds 0 to 2 led to:
 `max_pruned` and `few`, `max_exposed`, `max_drop` with its standard error, `conspicuous`,
 `untargeted`, `unsure_drop`, the repair, the second look and what norms remember. Seconds with one
-thread beside other work; the networks depend on the number of threads as well. The figures are of
-commit c8603ac, where offsets agreed with the drift of the unmasked network, in a pass of its own.
-Printed by `python -m benchmarks.demo_results`.
+thread beside other work; the networks depend on the number of threads as well. Printed by
+`python -m benchmarks.demo_results`.
 
 | attack | seed | ACC before | ACC after | ASR before | ASR after | pruned | suspect | defense (s) |
 |---|---|---|---|---|---|---|---|---|
