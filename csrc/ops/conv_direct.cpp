@@ -95,7 +95,7 @@ void advance(T*& pointer, int64_t elements) {
 // not `kept` packed.
 template <class T>
 void run_by_panels(const cpu::Direct<T>& a, const cpu::PackPanels<T>& weights, int64_t pixels,
-                   const T* kept) {
+                   const T* kept, bool in_rows) {
   const auto& kernels = cpu::kernels_of<T>();
   cpu::PackPanels<T> one = weights;
   one.width = std::min(one.width, kernels.panel);
@@ -116,6 +116,10 @@ void run_by_panels(const cpu::Direct<T>& a, const cpu::PackPanels<T>& weights, i
           advance(e.u, first), advance(e.active, first);
           b.panels = kept ? kept + p * size : own.get(), b.width = part.width;
           b.output += first, b.epilogue = &e;
+          if (in_rows) {
+            kernels.direct_rows(b, 0, pixels);
+            continue;
+          }
           const auto scratch = buffer<char>(kernels.direct_scratch(b));
           kernels.direct(b, 0, pixels, scratch.get());
         }
@@ -131,7 +135,7 @@ void flatten(cpu::Direct<T>& a) {
 
 template <class T>
 void run(cpu::Direct<T>& a, const Conv& conv, const cpu::PackPanels<T>& weights, const Taps& taps,
-         bool in_rows = false) {
+         bool equal_distances = false) {
   const auto& kernels =
       weights.groups > 1 ? cpu::kernels_of_group<T>(weights.width) : cpu::kernels_of<T>();
   a.taps = static_cast<int64_t>(taps.h.size());
@@ -159,15 +163,17 @@ void run(cpu::Direct<T>& a, const Conv& conv, const cpu::PackPanels<T>& weights,
                             w.stride_d};
   kind.insert(kind.end(), weights.place, weights.place + w.taps);
   const auto kept = kept_weights<T>(w.data, kind, size, pack_all);
-  if (conv.groups == 1 && pixels <= a.width) return run_by_panels(a, weights, pixels, kept.get());
+  // Each tile reads all panels. Whatever the batch: it decides about the rounding.
+  const bool in_rows =
+      equal_distances && a.taps * a.depth <= kLongestSum && size * int64_t(sizeof(T)) <= a.l2 / 2;
+  if (conv.groups == 1 && pixels <= a.width)
+    return run_by_panels(a, weights, pixels, kept.get(), in_rows);
   const auto own = buffer<T>(kept ? 0 : size);
   if (!kept) pack_all(own.get());
   a.panels = kept ? kept.get() : own.get();
   const int64_t cost = a.taps * a.depth * a.width * a.groups;
-  // Each tile reads all panels.
-  const bool fits = a.taps * a.depth <= kLongestSum && size * int64_t(sizeof(T)) <= a.l2 / 2;
   torch::stable::parallel_for(0, pixels, grain(cost), [&](int64_t begin, int64_t end) {
-    if (in_rows && fits) return kernels.direct_rows(a, begin, end);
+    if (in_rows) return kernels.direct_rows(a, begin, end);
     const auto scratch = buffer<char>(kernels.direct_scratch(a));
     kernels.direct(a, begin, end, scratch.get());
   });

@@ -244,6 +244,29 @@ def test_same_bits_whatever_the_number_of_threads():
     assert_same_bits(compute, (1, 2, 3))
 
 
+@pytest.mark.parametrize(
+    "conv",
+    [
+        Conv(9, 700, 3, 4, 40, kernel=(1, 1), padding=(0, 0)),
+        Conv(9, 700, 5, 4, 40, kernel=(1, 1), stride=(2, 2), padding=(0, 0)),
+        Conv(9, 9, 8, 8, 70, kernel=(7, 7), padding=(3, 3)),
+        Conv(9, 70, 3, 3, 60),
+    ],
+    ids=str,
+)
+def test_direct_rounds_a_sample_alike_in_any_batch(conv):
+    inputs = require_grad(conv_inputs(conv, torch.float32))
+    options = {**conv.geometry, "algorithm": "direct"}
+    whole = masked_conv2d(**inputs, **options)
+    grad = torch.randn_like(whole)
+    (dx,) = torch.autograd.grad(whole, inputs["x"], grad)
+    inputs["x"], inputs["residual"] = inputs["x"][4:5], inputs["residual"][4:5]
+    alone = masked_conv2d(**inputs, **options)
+    assert torch.equal(alone, whole[4:5])
+    (dx_alone,) = torch.autograd.grad(alone, inputs["x"], grad[4:5])
+    assert torch.equal(dx_alone, dx[4:5])
+
+
 def test_compiles_without_graph_breaks():
     conv = CONVS["odd"]
     inputs = require_grad(conv_inputs(conv, torch.float32))
