@@ -15,7 +15,9 @@ import typer
 from . import compaction, cuda, defense, inference, layers, memory, stats, step
 from .machine import machine, measured_peaks, roofline
 from .output import as_data, show
-from .timing import Case, measure
+from .timing import Case, Row, measure
+
+RESULTS = Path(__file__).parent / "results"
 
 
 class Device(str, Enum):
@@ -70,8 +72,18 @@ def main(
         Optional[Path],  # noqa: UP045
         typer.Option("--json", help="File for all figures."),
     ] = None,
+    stored: Annotated[
+        bool, typer.Option(help="Print the suite's figures that the documentation has.")
+    ] = False,
 ) -> None:
     """Time this project beside its peers, in one process; exit with 1 where a result is wrong."""
+    if stored:
+        if suite is None:
+            raise typer.BadParameter("--stored needs --suite NAME")
+        found = json.loads((RESULTS / f"{suite.value}.json").read_text())
+        return show(
+            [Row(**row) for row in found["rows"]], f"{suite.value}, stored", found["machine"]
+        )
     if threads is not None:
         torch.set_num_threads(threads)
     if (suite is None) == (device is Device.cpu):

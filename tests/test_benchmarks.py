@@ -40,6 +40,22 @@ def test_suite_runs(suite, tmp_path, benchmark):
         assert "values" in row or row["note"]  # none is left out without a reason
 
 
+@pytest.mark.parametrize("suite", run.Suite)
+def test_stored_figures_are_printed_alone(suite, monkeypatch):
+    monkeypatch.setattr(run, "measure", lambda *_: pytest.fail("something was timed"))
+    result = call(run.main, "--suite", suite.value, "--stored")
+    assert result.exit_code == 0, result.output
+    stored = json.loads((run.RESULTS / f"{suite.value}.json").read_text())
+    assert stored["machine"].split(",")[0] in result.output.replace("\n", " ")
+    assert result.output.count("│ mnp_fast ") >= 1
+
+
+def test_stored_figures_need_a_suite():
+    result = call(run.main, "--stored")
+    assert result.exit_code == 2
+    assert "--stored needs --suite NAME" in result.output
+
+
 def test_cases_of_a_gpu_are_right():
     """The same cases on the CPU, where nothing is captured."""
     rows = [row for case in cuda.cases(True, "cpu") for row in measure(case, 1, time.time, {})]
