@@ -75,12 +75,15 @@ def main(
     stored: Annotated[
         bool, typer.Option(help="Print the suite's figures that the documentation has.")
     ] = False,
+    results: Annotated[
+        Path, typer.Option(help="Where they are; in avx2 those of another machine.")
+    ] = RESULTS,
 ) -> None:
     """Time this project beside its peers, in one process; exit with 1 where a result is wrong."""
     if stored:
         if suite is None:
             raise typer.BadParameter("--stored needs --suite NAME")
-        found = json.loads((RESULTS / f"{suite.value}.json").read_text())
+        found = json.loads((results / f"{suite.value}.json").read_text())
         return show(
             [Row(**row) for row in found["rows"]], f"{suite.value}, stored", found["machine"]
         )
