@@ -142,7 +142,7 @@ def _summaries(found: list[CellFigures]) -> str:
 
 def _behind(found: list[CellFigures]) -> str:
     """A row an attack and peer that leaves less of it than ours, on the same models."""
-    ours = {_model(f): f for f in found if f["cell"]["defense"] == OURS and "after" in f}
+    ours = _ours(found)
     rows = []
     for name, cells in _by_defense(found).items():
         for attack in ATTACKS:
@@ -166,7 +166,7 @@ def _behind(found: list[CellFigures]) -> str:
 
 def _variants(found: list[CellFigures]) -> str:
     """A row a variant of ours, beside ours with its defaults on the same models."""
-    ours = {_model(f): f for f in found if f["cell"]["defense"] == OURS and "after" in f}
+    ours = _ours(found)
     rows = []
     for name, cells in _by_defense(filter(_is_variant, found)).items():
         pairs = [(cell, ours[_model(cell)]) for cell in cells if _model(cell) in ours]
@@ -189,6 +189,11 @@ def _variants(found: list[CellFigures]) -> str:
         + table(["defense", "models", *head], rows)
         + "\n"
     )
+
+
+def _ours(found: Iterable[CellFigures]) -> dict[str, CellFigures]:
+    """Cells of ours with its defaults that ran, by model."""
+    return {_model(f): f for f in found if f["cell"]["defense"] == OURS and "after" in f}
 
 
 def _model(figures: CellFigures) -> str:

@@ -76,14 +76,17 @@ def main(
         bool, typer.Option(help="Print the suite's figures that the documentation has.")
     ] = False,
     results: Annotated[
-        Path, typer.Option(help="Where they are; in avx2 those of another machine.")
+        Path, typer.Option(help="Where --stored finds them; in avx2 those of another machine.")
     ] = RESULTS,
 ) -> None:
     """Time this project beside its peers, in one process; exit with 1 where a result is wrong."""
     if stored:
         if suite is None:
             raise typer.BadParameter("--stored needs --suite NAME")
-        found = json.loads((results / f"{suite.value}.json").read_text())
+        file = results / f"{suite.value}.json"
+        if not file.exists():
+            raise typer.BadParameter(f"--results has no figures of {suite.value}: {file}")
+        found = json.loads(file.read_text())
         return show(
             [Row(**row) for row in found["rows"]], f"{suite.value}, stored", found["machine"]
         )

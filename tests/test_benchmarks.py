@@ -56,6 +56,12 @@ def test_stored_figures_need_a_suite():
     assert "--stored needs --suite NAME" in result.output
 
 
+def test_figures_that_are_not_stored_are_named(tmp_path):
+    result = call(run.main, "--suite", "stats", "--stored", "--results", tmp_path)
+    assert result.exit_code == 2
+    assert "--results has no figures of stats" in result.output
+
+
 def test_cases_of_a_gpu_are_right():
     """The same cases on the CPU, where nothing is captured."""
     rows = [row for case in cuda.cases(True, "cpu") for row in measure(case, 1, time.time, {})]

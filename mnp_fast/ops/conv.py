@@ -89,12 +89,12 @@ def masked_conv2d(
         `"direct"`, or on the CPU for dilation 1 and one group `"winograd4"` (Winograd's
         F(4×4, 3×3), stride 1 or 2, or F(2×2, 5×5), stride 1; several times faster) or
         `"winograd2"` (F(2×2, 3×3), stride 1, slower than that and as exact as the direct one).
-        Relative errors in float32 are
-        below 1e-5 for `"winograd4"` and 1e-6 for the others; in Winograd's an infinity becomes a
-        NaN and reaches the outputs of its tile, or of weight gradients the filter's nine taps of a
-        channel. Gradients of input and weight are computed by it too, but that of the input with
-        stride 2 and an even padding is direct. `"auto"` chooses for each of them by the shape, for
-        the output also torch's own convolution where that is faster, and the direct one in float64.
+        Relative errors in float32 are below 1e-5 for `"winograd4"` and 1e-6 for the others; in
+        Winograd's an infinity becomes a NaN and reaches the outputs of its tile, or of weight
+        gradients the filter's nine taps of a channel. Gradients of input and weight are computed by
+        it too, but that of the input with stride 2 and an even padding is direct, and so is that of
+        a 5×5 weight. `"auto"` chooses for each of them by the shape, for the output also torch's
+        own convolution where that is faster, and the direct one in float64.
 
     Returns
     -------
