@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Optional
 
 import numpy as np
 import typer
@@ -19,6 +20,7 @@ from .detection import IMAGES
 from .population import CLEAN, KINDS, STORE, Setting, subject
 
 SALIENCIES = ("taylor", "fisher")
+FIGURES = Path(__file__).parent.parent / "docs" / "results" / "agreement.json"
 
 
 def main(
@@ -27,28 +29,46 @@ def main(
     width: Annotated[int, typer.Option(min=1, help="Channels of the stem.")] = 16,
     epochs: Annotated[int, typer.Option(min=1, help="Of training.")] = 20,
     store: Annotated[Path, typer.Option(help="Folder of trained models.")] = STORE,
+    stored: Annotated[bool, typer.Option(help="Print the documentation's figures alone.")] = False,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045 (Typer evaluates it on Python 3.10)
+        typer.Option("--json", help="File for the table."),
+    ] = None,
 ) -> None:
     """Train a model of the digits and compare saliencies on its 100 clean images."""
+    if stored:
+        return _show(json.loads(FIGURES.read_text()))
     if attack not in KINDS:
         raise typer.BadParameter(f"attack must be one of {', '.join(KINDS)}")
-    console = Console(width=100)
     setting = Setting(attack, seed, width=width, epochs=epochs)
     found = subject(setting, store=store)
     images, labels = (part[:IMAGES] for part in found.data.clean)
     exact = neuron_stats(
         found.model, (images, labels), "ablation", bootstrap=0, console=Console(stderr=True)
     )
-    table = Table(
-        "saliency", "change of the loss", "its absolute value", "largest 10 %", title=setting.key
-    )
+    rows = []
     for kind in SALIENCIES:
         other = neuron_stats(found.model, (images, labels), kind, bootstrap=0)
-        table.add_row(
-            kind,
-            _cell(_by_layer(other, exact, lambda values: values)),
-            _cell(_by_layer(other, exact, np.abs)),
-            f"{100 * _shared(_all(other), _all(exact)):.0f} %",
+        rows.append(
+            [
+                kind,
+                _cell(_by_layer(other, exact, lambda values: values)),
+                _cell(_by_layer(other, exact, np.abs)),
+                f"{100 * _shared(_all(other), _all(exact)):.0f} %",
+            ]
         )
+    figures = {"model": setting.key, "rows": rows}
+    _show(figures)
+    if output is not None:
+        output.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def _show(figures: dict[str, Any]) -> None:
+    console = Console(width=100)
+    head = ("saliency", "change of the loss", "its absolute value", "largest 10 %")
+    table = Table(*head, title=figures["model"])
+    for row in figures["rows"]:
+        table.add_row(*row)
     console.print(table)
     console.print(
         "Spearman's correlation with exact ablation, mean over layers (lowest, highest); of the "

@@ -12,7 +12,18 @@ from torch import distributed as dist
 from torch import nn
 
 import mnp_fast
-from benchmarks import chart, communication, cuda, layers, machine, roofline, run, scaling, zoo
+from benchmarks import (
+    agreement,
+    chart,
+    communication,
+    cuda,
+    layers,
+    machine,
+    roofline,
+    run,
+    scaling,
+    zoo,
+)
 from benchmarks.timing import OURS, Case, measure
 from mnp_fast.demo.resnet import ResNet18
 
@@ -48,6 +59,16 @@ def test_stored_figures_are_printed_alone(suite, monkeypatch):
     stored = json.loads((run.RESULTS / f"{suite.value}.json").read_text())
     assert stored["machine"].split(",")[0] in result.output.replace("\n", " ")
     assert result.output.count("│ mnp_fast ") >= 1
+
+
+def test_stored_agreement_is_that_of_the_page():
+    result = call(agreement.main, "--stored")
+    assert result.exit_code == 0, result.output
+    page = (Path(run.__file__).parent.parent / "docs" / "statistics.md").read_text()
+    for kind, signed, absolute, found in json.loads(agreement.FIGURES.read_text())["rows"]:
+        assert found in result.output
+        cells = (text.replace(", ", " to ").replace("-", "−") for text in (signed, absolute))
+        assert f"| `{kind}` | {' | '.join(cells)} | {found} |" in page
 
 
 def test_stored_figures_need_a_suite():
