@@ -56,7 +56,8 @@ def wrap(
         Inputs to run the model on, needed only where it cannot be traced symbolically.
     algorithm
         What the masked convolutions compute with, as in `mnp_fast.ops.masked_conv2d`;
-        `"winograd2"` and `"winograd4"` where a convolution allows it, else `"auto"`.
+        `"winograd2"` and `"winograd4"` where a convolution allows it and its groups are not narrow,
+        else `"auto"`.
     fuse
         Whether a convolution, its norm, an addition and a ReLU run as one operator in eval mode,
         where the model can be traced symbolically. What its `forward` decides by attributes of

@@ -75,8 +75,8 @@ struct Winograd {
   int64_t batch, in_h, in_w, in_stride, depth;
   int64_t padding_h, padding_w;  // may be negative: rows and columns that are not read
   const T* zeros;                // depth zeros, read where a tile reaches outside the input
-  T* output;                     // NHWC, width channels
-  int64_t out_h, out_w, width;
+  T* output;                     // NHWC, out_stride elements from a pixel to the next
+  int64_t out_h, out_w, out_stride, width;
   const Epilogue<T>* epilogue;  // never null
 };
 

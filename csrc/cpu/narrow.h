@@ -12,17 +12,19 @@ inline bool is_narrow(int64_t groups, int64_t depth, int64_t width) {
 template <class T>
 void pack_narrow(const PackPanels<T>& a, int64_t begin, int64_t end, T* panels) {
   constexpr int64_t L = VecOf<T>::lanes;
-  const Weights<T>& w = a.weights;
-  for (int64_t i = begin; i < end; ++i)
+  const Weights<T> w = a.weights;
+  for (int64_t i = begin; i < end; ++i) {
+    const T* lanes[L];  // each one's weights
+    const int64_t used = min(L, a.groups * a.width - i * L);
+    for (int64_t j = 0; j < used; ++j)
+      lanes[j] = w.data + (i * L + j) / a.width * a.stride_g + j % a.width * w.stride_j;
     for (int64_t q = 0; q < w.taps; ++q)
-      for (int64_t d = 0; d < a.depth && a.place[q] >= 0; ++d)
-        for (int64_t j = 0; j < L; ++j) {
-          const int64_t group = (i * L + j) / a.width, member = j % a.width;
-          panels[((i * a.taps + a.place[q]) * a.depth + d) * L + j] =
-              group < a.groups ? w.data[group * a.stride_g + member * w.stride_j + q * w.stride_q +
-                                        d * w.stride_d]
-                               : T(0);
-        }
+      for (int64_t d = 0; d < a.depth && a.place[q] >= 0; ++d) {
+        T* to = panels + ((i * a.taps + a.place[q]) * a.depth + d) * L;
+        for (int64_t j = 0; j < used; ++j) to[j] = lanes[j][q * w.stride_q + d * w.stride_d];
+        for (int64_t j = used; j < L; ++j) to[j] = 0;
+      }
+  }
 }
 
 // Channel d of each lane's own group, of W channels.
@@ -99,10 +101,10 @@ void narrow(const Direct<T>& a, int64_t begin, int64_t end, char* memory) {
   constexpr int64_t L = VecOf<T>::lanes;
   if constexpr (2 * W < L)
     if (a.width != W) return narrow<T, 2 * W>(a, begin, end, memory);
+  if constexpr (W == 1)
+    if (depthwise(a, begin, end)) return;
   const int64_t most = narrow_pixels(a);
   const DirectScratch<T> scratch(a, most, memory);
-  if constexpr (W == 1)
-    if (depthwise(a, begin, end, scratch.zeros)) return;
   for (int64_t chunk = begin; chunk < end; chunk += most) {
     const int64_t pixels = min(most, end - chunk);
     find_pixels(a, chunk, pixels, scratch);

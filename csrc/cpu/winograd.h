@@ -219,7 +219,7 @@ void winograd_output(const Winograd<T>& a, int64_t begin, int64_t end, const T* 
     const TileAt<F> next(a, min(tile + 1, end - 1));
     // From the tile's pixels to those of the next one.
     const int64_t ahead =
-        (((next.n - at.n) * a.out_h + next.h - at.h) * a.out_w + next.w - at.w) * a.width;
+        (((next.n - at.n) * a.out_h + next.h - at.h) * a.out_w + next.w - at.w) * a.out_stride;
     for (int64_t k = first * kWide; k < min(a.width, last * kWide); k += L) {
       const T* from = products + (tile - begin) * width + k - first * kWide;
       Vec<T> m[F::kPoints], half[F::kOut * F::kPoints], whole[F::kOut];
@@ -231,10 +231,11 @@ void winograd_output(const Winograd<T>& a, int64_t begin, int64_t end, const T* 
       const OutputLane<T> lane(&own, at.n, k, min(L, a.width - k));
       for (int64_t i = 0; i < rows; ++i) {
         F::output(half + i * F::kPoints, whole, 1);
-        const int64_t element = ((at.n * a.out_h + at.h + i) * a.out_w + at.w) * a.width + k;
+        const int64_t element = ((at.n * a.out_h + at.h + i) * a.out_w + at.w) * a.out_stride + k;
         for (int64_t j = 0; j < cols && ahead; ++j)
-          lane.prefetch(a.output, element + j * a.width + ahead);
-        for (int64_t j = 0; j < cols; ++j) lane.write(a.output, element + j * a.width, whole[j]);
+          lane.prefetch(a.output, element + j * a.out_stride + ahead);
+        for (int64_t j = 0; j < cols; ++j)
+          lane.write(a.output, element + j * a.out_stride, whole[j]);
       }
     }
   }

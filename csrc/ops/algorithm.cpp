@@ -22,12 +22,30 @@ double cost(const Work& work, int64_t edge, double products, double flat, double
   return work.tiles(edge) * products / results * (flat + transforms / work.depth);
 }
 
-// For 5x5 kernels, F(2x2): where it takes clearly less than the direct kernels, and torch's.
-bool five_gains(const Work& work) {
-  return work.tiles(2) >= kFewestTiles && cost(work, 2, 36, 1.2, 20) < 0.9 * 25;
+// Groups of so few channels that one of Winograd's transforms serves too few products.
+bool is_narrow(const Conv& conv) {
+  const int64_t fewest = conv.kh == 5 ? 24 : 12;
+  return conv.groups > 1 && (conv.group_in() < fewest || conv.group_out() < fewest);
 }
 
-Algorithm fastest(const Work& work, bool by_two, bool backward) {
+// The fastest of Winograd's algorithms, all of which can compute the result, and the direct one.
+Algorithm fastest(const Conv& conv, Result result) {
+  const bool backward = result == Result::input_grad, by_two = conv.stride[0] == 2;
+  if (is_narrow(conv) || (conv.groups > 1 && by_two)) return Algorithm::direct;
+  const Work work{conv.n, backward ? conv.h : conv.oh, backward ? conv.w : conv.ow,
+                  backward ? conv.group_out() : conv.group_in()};
+  if (conv.kh == 5) {
+    // Where it takes clearly less than the direct kernels, and torch's.
+    const bool gains = work.tiles(2) >= kFewestTiles && cost(work, 2, 36, 1.2, 20) < 0.9 * 25;
+    return gains ? Algorithm::winograd4 : Algorithm::direct;
+  }
+  if (result == Result::weight_grad) {
+    // These gain from fewer tiles, with stride 1 from fewer channels too.
+    const int64_t tiles = work.tiles(4), results = work.n * work.rows * work.cols;
+    const bool gains = by_two ? work.depth >= 8 && tiles >= kFewestTiles && results >= 10 * tiles
+                              : results >= 8 * tiles;
+    return gains ? Algorithm::winograd4 : Algorithm::direct;
+  }
   const bool phases = by_two && backward;  // four short sums, slow for their length
   const int64_t edge = phases ? 8 : 4;
   const double direct = phases ? 9.0 / 4 * 1.45 : 9.0;
@@ -47,8 +65,8 @@ bool torch_wins(const Conv& conv) {
   const int64_t products = pixels * conv.k * conv.group_in() * conv.taps();
   if (lanes < 16 || products < kWorthACall || conv.reads_rows()) return false;
   if (conv.groups == 1 || conv.is_depthwise()) return conv.taps() > 9;
-  // Below, groups share vectors well; above, they fill them.
-  return conv.group_out() >= 8 && conv.group_out() <= 16;
+  // Narrower groups share vectors well, wider ones fill them.
+  return conv.group_out() >= 8 && (conv.taps() > 9 || conv.group_out() < lanes);
 }
 
 // Whether the direct kernels would leave most of a vector's lanes unused in the gradient of the
@@ -70,34 +88,24 @@ Algorithm choose_algorithm(const char* op, const Conv& conv, const std::string& 
   const bool five = conv.kh == 5 && conv.kw == 5 && both(conv.stride, 1) && name != "winograd2";
   const bool three =
       conv.kh == 3 && conv.kw == 3 && (both(conv.stride, 1) || (by_two && name != "winograd2"));
-  const bool possible = (three || five) && both(conv.dilation, 1) && conv.groups == 1;
+  const bool possible = (three || five) && both(conv.dilation, 1);
   MNP_CHECK(possible || name == "auto" || name == "direct", op, ": algorithm '", name,
             "' needs a 3x3 kernel with stride 1",
             name == "winograd4" ? " or 2, or a 5x5 one with stride 1" : "",
-            ", dilation 1 and groups 1, not ", conv.kh, "x", conv.kw, ", stride ", conv.stride[0],
-            "x", conv.stride[1], ", dilation ", conv.dilation[0], "x", conv.dilation[1],
-            " and groups ", conv.groups);
+            ", and dilation 1, not ", conv.kh, "x", conv.kw, ", stride ", conv.stride[0], "x",
+            conv.stride[1], " and dilation ", conv.dilation[0], "x", conv.dilation[1]);
   const bool plain = name == "auto" || name == "direct";
-  const bool is_free = name == "auto" && type == ScalarType::Float;
   if (plain && backward && is_image(conv, type)) return Algorithm::image;
-  const Work work{conv.n, backward ? conv.h : conv.oh, backward ? conv.w : conv.ow,
-                  backward ? conv.k : conv.c};
-  if (possible && five && result != Result::weight_grad)
-    if (name == "winograd4" || (is_free && five_gains(work))) return Algorithm::winograd4;
-  if (is_free && result == Result::output && torch_wins(conv)) return Algorithm::torch;
-  // Only odd paddings have gradients of the input by Winograd with stride 2.
+  // With stride 2, only odd paddings have gradients of the input by Winograd.
   const bool even = conv.padding[0] % 2 == 0 || conv.padding[1] % 2 == 0;
-  if (!possible || five || name == "direct" || (backward && by_two && even))
-    return Algorithm::direct;
-  if (name == "winograd2") return Algorithm::winograd2;
-  if (name == "winograd4") return Algorithm::winograd4;
-  if (!is_free) return Algorithm::direct;
-  if (result != Result::weight_grad) return fastest(work, by_two, backward);
-  // Gradients of weights gain from fewer tiles, with stride 1 from fewer channels too.
-  const int64_t tiles = work.tiles(4), results = work.n * work.rows * work.cols;
-  const bool gains = by_two ? work.depth >= 8 && tiles >= kFewestTiles && results >= 10 * tiles
-                            : results >= 8 * tiles;
-  return gains ? Algorithm::winograd4 : Algorithm::direct;
+  const bool lacks =
+      (backward && by_two && even) || (result == Result::weight_grad && (five || conv.groups > 1));
+  if (possible && !lacks && name == "winograd2") return Algorithm::winograd2;
+  if (possible && !lacks && name == "winograd4") return Algorithm::winograd4;
+  if (name != "auto" || type != ScalarType::Float) return Algorithm::direct;
+  const Algorithm best = possible && !lacks ? fastest(conv, result) : Algorithm::direct;
+  const bool torch = best == Algorithm::direct && result == Result::output && torch_wins(conv);
+  return torch ? Algorithm::torch : best;
 }
 
 }  // namespace mnp::ops

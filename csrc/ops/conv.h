@@ -59,6 +59,17 @@ cpu::Weights<T> weights_of(const Tensor& weight, bool transposed) {
           weight.stride(!transposed), weight.size(2) * weight.size(3)};
 }
 
+// The epilogue of the neurons from `first` on.
+template <class T>
+cpu::Epilogue<T> from_neuron(cpu::Epilogue<T> e, int64_t first) {
+  const auto advance = [&](auto*& pointer) {
+    if (pointer) pointer += first;
+  };
+  advance(e.mask), advance(e.scale), advance(e.shift), advance(e.bias);
+  advance(e.residual), advance(e.u), advance(e.active);
+  return e;
+}
+
 enum class Algorithm { direct, winograd2, winograd4, torch, image };
 enum class Result { output, input_grad, weight_grad };
 

@@ -86,11 +86,6 @@ cpu::PackPanels<T> packing(const Conv& conv, const Tensor& weight, const Taps& t
   return a;
 }
 
-template <class T>
-void advance(T*& pointer, int64_t elements) {
-  if (pointer) pointer += elements;
-}
-
 // Fewer pixels than neurons: each panel of weights is packed where all pixels use it, if they are
 // not `kept` packed.
 template <class T>
@@ -110,10 +105,7 @@ void run_by_panels(const cpu::Direct<T>& a, const cpu::PackPanels<T>& weights, i
           part.width = std::min(weights.width - first, kernels.panel);
           if (!kept) kernels.pack_panels(part, 0, 1, own.get());
           cpu::Direct<T> b = a;
-          cpu::Epilogue<T> e = *a.epilogue;
-          advance(e.mask, first), advance(e.scale, first), advance(e.shift, first);
-          advance(e.bias, first), advance(e.residual, first);
-          advance(e.u, first), advance(e.active, first);
+          const cpu::Epilogue<T> e = from_neuron(*a.epilogue, first);
           b.panels = kept ? kept + p * size : own.get(), b.width = part.width;
           b.output += first, b.epilogue = &e;
           if (in_rows) {

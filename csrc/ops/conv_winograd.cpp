@@ -8,90 +8,120 @@ namespace mnp::ops {
 namespace {
 
 template <class T>
-const cpu::WinogradKernels<T>& kernels_for(const Conv& conv, Algorithm algorithm, bool transposed) {
-  const auto& all = cpu::kernels_of<T>();
+const cpu::WinogradKernels<T>& kernels_for(const cpu::Kernels<T>& all, const Conv& conv,
+                                           Algorithm algorithm, bool transposed) {
   if (conv.kh == 5) return all.winograd2_of_5;
   if (conv.stride[0] == 2) return transposed ? all.winograd4_stride2_grad : all.winograd4_stride2;
   return algorithm == Algorithm::winograd2 ? all.winograd2 : all.winograd4;
 }
 
-// The convolution without its output.
+// The first group's part of the convolution, without its output.
 template <class T>
 cpu::Winograd<T> problem(const Conv& conv, const T* x) {
   cpu::Winograd<T> a{};
   a.input = x;
-  a.batch = conv.n, a.in_h = conv.h, a.in_w = conv.w, a.in_stride = a.depth = conv.c;
+  a.batch = conv.n, a.in_h = conv.h, a.in_w = conv.w, a.in_stride = conv.c,
+  a.depth = conv.group_in();
   a.padding_h = conv.padding[0], a.padding_w = conv.padding[1];
-  a.out_h = conv.oh, a.out_w = conv.ow, a.width = conv.k;
+  a.out_h = conv.oh, a.out_w = conv.ow, a.out_stride = conv.k, a.width = conv.group_out();
   return a;
 }
 
-// Runs `a` with the convolution's weights, for a gradient of the input turned and transposed.
+// A group's part of a convolution that is given for the first group.
+template <class T>
+struct Part {
+  cpu::Epilogue<T> epilogue;
+  cpu::Winograd<T> problem;
+  Part(const cpu::Winograd<T>& first, int64_t group)
+      : epilogue(from_neuron(*first.epilogue, group * first.width)), problem(first) {
+    problem.input += group * first.depth, problem.output += group * first.width;
+    problem.epilogue = &epilogue;
+  }
+  Part(const Part&) = delete;
+};
+
+// Runs `a`, which is the first group's, with the convolution's weights, for a gradient of the input
+// turned and transposed.
 template <class T>
 void run_winograd(cpu::Winograd<T>& a, const Conv& conv, Algorithm algorithm, const Tensor& weight,
                   bool transposed) {
-  const auto& kernels = kernels_for<T>(conv, algorithm, transposed);
+  const auto& all = conv.groups > 1 ? cpu::kernels_of_group<T>(a.width) : cpu::kernels_of<T>();
+  const auto& kernels = kernels_for(all, conv, algorithm, transposed);
   const std::unique_ptr<T[]> zeros(new T[a.depth]());
   a.zeros = zeros.get();
-  const int64_t tiles = kernels.tiles(a), groups = cpu::kernels_of<T>().winograd_groups(a.width);
+  // Channels are multiplied in sets, of which each group of the convolution has so many.
+  const int64_t tiles = kernels.tiles(a), sets = all.winograd_groups(a.width);
   if (tiles == 0) return;
-  const int64_t group_size = kernels.group_size(a.depth);
+  const int64_t set_size = kernels.group_size(a.depth), group_size = sets * set_size;
   const cpu::Weights<T> weights = weights_of<T>(weight, transposed);
-  const auto pack = [&](int64_t group, T* packed) {
-    kernels.pack(weights, transposed, a.depth, a.width, group, packed);
+  const int64_t stride_g = conv.group_out() * weight.stride(0);
+  const auto pack = [&](int64_t set, T* packed) {
+    cpu::Weights<T> part = weights;
+    part.data += set / sets * stride_g;
+    kernels.pack(part, transposed, a.depth, a.width, set % sets, packed);
   };
   const auto pack_all = [&](T* packed) {
-    torch::stable::parallel_for(0, groups, grain(100 * a.depth), [&](int64_t begin, int64_t end) {
-      for (int64_t g = begin; g < end; ++g) pack(g, packed + g * group_size);
-    });
+    torch::stable::parallel_for(0, conv.groups * sets, grain(100 * a.depth),
+                                [&](int64_t begin, int64_t end) {
+                                  for (int64_t s = begin; s < end; ++s)
+                                    pack(s, packed + s * set_size);
+                                });
   };
-  const auto kept =
-      kept_weights<T>(weights.data,
-                      {static_cast<int64_t>(algorithm), conv.kh, conv.stride[0], transposed,
-                       a.depth, a.width, weights.stride_j, weights.stride_q, weights.stride_d},
-                      groups * group_size, pack_all);
+  const auto kept = kept_weights<T>(
+      weights.data,
+      {static_cast<int64_t>(algorithm), conv.kh, conv.stride[0], transposed, conv.groups, a.depth,
+       a.width, stride_g, weights.stride_j, weights.stride_q, weights.stride_d},
+      conv.groups * group_size, pack_all);
   const int64_t tile_cost = 16 * a.depth * a.width;
-  if (tiles <= a.width) {
-    // Fewer inputs than weights: those are kept, and each group's weights are packed where used.
+  if (tiles <= a.width && conv.groups <= sets) {
+    // Fewer inputs than weights: those are kept, and each set's weights are packed where used.
     // Products of a part take at most half of the second cache.
     const int64_t tile_bytes = kernels.product_size(1) * static_cast<int64_t>(sizeof(T));
     const int64_t most = std::max<int64_t>(1, cpu::caches().l2 / 2 / tile_bytes);
     const int64_t parts = (tiles + most - 1) / most;
     const int64_t products = kernels.product_size((tiles + parts - 1) / parts);
     const auto inputs = buffer<T>(kernels.input_size(a.depth, tiles));
-    torch::stable::parallel_for(0, tiles, grain(16 * a.depth), [&](int64_t begin, int64_t end) {
-      kernels.input(a, begin, end, inputs.get(), begin, tiles);
-    });
-    torch::stable::parallel_for(
-        0, groups, grain(tile_cost * tiles / groups), [&](int64_t begin, int64_t end) {
-          const auto own = buffer<T>(kept ? 0 : group_size), scratch = buffer<T>(products);
-          for (int64_t g = begin; g < end; ++g) {
-            const T* packed = kept ? kept.get() + g * group_size : own.get();
-            if (!kept) pack(g, own.get());
-            for (int64_t part = 0; part < parts; ++part) {
-              const int64_t first = part * tiles / parts, last = (part + 1) * tiles / parts;
-              kernels.output(a, first, last, inputs.get(), first, tiles, g, packed, scratch.get());
+    for (int64_t g = 0; g < conv.groups; ++g) {
+      const Part<T> own_part(a, g);
+      const cpu::Winograd<T>& b = own_part.problem;
+      torch::stable::parallel_for(0, tiles, grain(16 * a.depth), [&](int64_t begin, int64_t end) {
+        kernels.input(b, begin, end, inputs.get(), begin, tiles);
+      });
+      torch::stable::parallel_for(
+          0, sets, grain(tile_cost * tiles / sets), [&](int64_t begin, int64_t end) {
+            const auto own = buffer<T>(kept ? 0 : set_size), scratch = buffer<T>(products);
+            for (int64_t s = begin; s < end; ++s) {
+              const T* packed = kept ? kept.get() + g * group_size + s * set_size : own.get();
+              if (!kept) pack(g * sets + s, own.get());
+              for (int64_t part = 0; part < parts; ++part) {
+                const int64_t first = part * tiles / parts, last = (part + 1) * tiles / parts;
+                kernels.output(b, first, last, inputs.get(), first, tiles, s, packed,
+                               scratch.get());
+              }
             }
-          }
-        });
+          });
+    }
     return;
   }
-  const int64_t block = std::min(tiles, kernels.block(a.depth, cpu::caches().l2));
-  const int64_t blocks = (tiles + block - 1) / block;
-  const auto own = buffer<T>(kept ? 0 : groups * group_size);
+  const int64_t most = kernels.block(a.depth, cpu::caches().l2);
+  const int64_t blocks = (tiles + most - 1) / most, block = (tiles + blocks - 1) / blocks;
+  const auto own = buffer<T>(kept ? 0 : conv.groups * group_size);
   if (!kept) pack_all(own.get());
   const T* packed = kept ? kept.get() : own.get();
-  torch::stable::parallel_for(0, blocks, grain(tile_cost * block), [&](int64_t begin, int64_t end) {
-    const auto inputs = buffer<T>(kernels.input_size(a.depth, block));
-    const auto scratch = buffer<T>(kernels.product_size(block));
-    for (int64_t b = begin; b < end; ++b) {
-      const int64_t first = b * block, last = std::min(tiles, first + block);
-      kernels.input(a, first, last, inputs.get(), 0, block);
-      for (int64_t g = 0; g < groups; ++g)
-        kernels.output(a, first, last, inputs.get(), 0, block, g, packed + g * group_size,
-                       scratch.get());
-    }
-  });
+  torch::stable::parallel_for(
+      0, blocks * conv.groups, grain(tile_cost * block), [&](int64_t begin, int64_t end) {
+        const auto inputs = buffer<T>(kernels.input_size(a.depth, block));
+        const auto scratch = buffer<T>(kernels.product_size(block));
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t g = i % conv.groups, b = i / conv.groups;
+          const int64_t first = b * tiles / blocks, last = (b + 1) * tiles / blocks;
+          const Part<T> part(a, g);
+          kernels.input(part.problem, first, last, inputs.get(), 0, block);
+          for (int64_t s = 0; s < sets; ++s)
+            kernels.output(part.problem, first, last, inputs.get(), 0, block, s,
+                           packed + g * group_size + s * set_size, scratch.get());
+        }
+      });
 }
 
 }  // namespace
@@ -111,13 +141,14 @@ void winograd_input_grad(const Conv& conv, Algorithm algorithm, const Tensor& we
                          int64_t g_stride, const cpu::Epilogue<T>& epilogue, T* dx) {
   cpu::Winograd<T> a{};
   a.input = g;
-  a.batch = conv.n, a.in_h = conv.oh, a.in_w = conv.ow, a.in_stride = g_stride, a.depth = conv.k;
+  a.batch = conv.n, a.in_h = conv.oh, a.in_w = conv.ow, a.in_stride = g_stride;
+  a.depth = conv.group_out();
   const auto before = [&](int i) {
     return conv.stride[i] == 1 ? conv.kh - 1 - conv.padding[i] : (1 - conv.padding[i]) / 2;
   };
   a.padding_h = before(0), a.padding_w = before(1);
   a.output = dx;
-  a.out_h = conv.h, a.out_w = conv.w, a.width = conv.c;
+  a.out_h = conv.h, a.out_w = conv.w, a.out_stride = conv.c, a.width = conv.group_in();
   a.epilogue = &epilogue;
   run_winograd(a, conv, algorithm, weight, true);
 }
