@@ -64,7 +64,8 @@ bool torch_wins(const Conv& conv) {
   const int64_t pixels = conv.n * conv.oh * conv.ow;
   const int64_t products = pixels * conv.k * conv.group_in() * conv.taps();
   if (lanes < 16 || products < kWorthACall || conv.reads_rows()) return false;
-  if (conv.groups == 1 || conv.is_depthwise()) return conv.taps() > 9;
+  if (conv.is_depthwise()) return false;
+  if (conv.groups == 1) return conv.taps() > 9;
   // Narrower groups share vectors well, wider ones fill them.
   return conv.group_out() >= 8 && (conv.taps() > 9 || conv.group_out() < lanes);
 }

@@ -54,6 +54,14 @@ CONVS = {
     "depthwise 3x3, one column": Conv(3, 16, 5, 1, 16, groups=16),
     "depthwise 3x3, many rows": Conv(2, 35, 23, 9, 35, padding=(0, 1), groups=35),
     "depthwise 3x3, stride 2": Conv(2, 37, 19, 12, 37, stride=(2, 2), groups=37),
+    "depthwise 5x5": Conv(2, 35, 11, 8, 35, kernel=(5, 5), padding=(2, 1), groups=35),
+    "depthwise 5x5, stride 2": Conv(
+        2, 18, 10, 13, 18, kernel=(5, 5), stride=(2, 2), padding=(3, 2), groups=18
+    ),
+    "depthwise 7x7": Conv(2, 33, 5, 11, 33, kernel=(7, 7), padding=(3, 3), groups=33),
+    "depthwise 7x7, stride 2": Conv(
+        1, 16, 14, 7, 16, kernel=(7, 7), stride=(2, 2), padding=(3, 3), groups=16
+    ),
     "depthwise 3x3, even padding": Conv(3, 16, 16, 7, 16, stride=(2, 2), padding=(2, 0), groups=16),
     "image": Conv(2, 3, 12, 11, 21, kernel=(7, 7), stride=(2, 2), padding=(3, 3)),
     "image, dilated rows": Conv(2, 2, 12, 9, 5, stride=(1, 2), padding=(2, 0), dilation=(3, 1)),

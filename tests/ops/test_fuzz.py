@@ -114,14 +114,17 @@ def draw_conv(draw: random.Random, algorithm: str) -> Conv:
     stride, dilation = ((1, 1), (1, 1)) if winograd else (pair(1, 3), pair(1, 3))
     if algorithm == "winograd4":
         kernel, stride = draw.choice([((3, 3), (1, 1)), ((3, 3), (2, 2)), ((5, 5), (1, 1))])
+    kinds = ["dense", "dense", "grouped", "narrow", "depthwise", "depthwise square"]
+    kind = draw.choice(kinds[:4] if winograd else kinds)
+    if kind == "depthwise square":
+        size, step = draw.choice((3, 5, 7)), draw.choice((1, 2))
+        kernel, stride, dilation = (size, size), (step, step), (1, 1)
     padding = pair(0, 2)
     h, w = (
         max(1, d * (k - 1) + 1 - 2 * p) + draw.choice((0, 0, 1, 4, 9))
         for k, d, p in zip(kernel, dilation, padding, strict=True)
     )
     c, k, groups = draw.choice(CHANNELS), draw.choice(CHANNELS), 1
-    kinds = ["dense", "dense", "grouped", "narrow", "depthwise"]
-    kind = draw.choice(kinds[:4] if winograd else kinds)
     if kind == "grouped":
         groups = draw.randint(2, 3)
         c, k = groups * draw.choice(CHANNELS[:9]), groups * draw.choice(CHANNELS[:9])
@@ -130,6 +133,8 @@ def draw_conv(draw: random.Random, algorithm: str) -> Conv:
         c = k = groups * draw.choice((2, 4, 8))
     elif kind == "depthwise":
         groups, k = c, c * draw.choice((1, 1, 2))
+    elif kind == "depthwise square":
+        groups = k = c
     n = draw.choice((1, 1, 2, 3, 5))
     return Conv(n, c, h, w, k, kernel, stride, padding, dilation, groups)
 
