@@ -63,7 +63,12 @@ Tensor as_type(const Tensor& t, ScalarType type) {
   return t.scalar_type() == type ? t : torch::stable::to(t, type);
 }
 
-bool is_channels_last(const Tensor& t) { return !t.is_contiguous() && lies_channels_last(t); }
+bool is_channels_last(const Tensor& t) {
+  if (!lies_channels_last(t)) return false;
+  if (!t.is_contiguous()) return true;
+  // With one channel or one pixel it is both: torch goes by strides that matter to no element.
+  return t.stride(1) == 1 && t.stride(t.dim() - 1) == t.size(1) && t.numel() > t.size(0);
+}
 
 Tensor to_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);

@@ -53,7 +53,7 @@ void with_type(ScalarType type, const F& f) {
     f(float{});
 }
 
-// Channels-last in memory and not contiguous as well (as with one channel or one pixel).
+// Channels-last in memory; of what is contiguous as well (one channel or pixel), as torch has it.
 bool is_channels_last(const Tensor& t);
 
 // `t` in this layout; itself where it has it already, which torch would take longer to find out.

@@ -45,11 +45,19 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether x is channels-last in memory, and not contiguous as well."""
-    if x.dim() not in (4, 5) or x.is_contiguous():
+    """Whether x is channels-last in memory.
+
+    With one channel or one pixel it is contiguous as well. Then it is as torch has it, who goes by
+    strides that matter to no element.
+    """
+    if x.dim() not in (4, 5):
         return False
     last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    return x.is_contiguous(memory_format=last)
+    if not x.is_contiguous(memory_format=last):
+        return False
+    if not x.is_contiguous():
+        return True
+    return x.stride(1) == 1 and x.stride(-1) == x.shape[1] and x.numel() > x.shape[0]
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

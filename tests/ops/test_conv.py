@@ -4,6 +4,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.nn import functional as F
 
 from mnp_fast import _C, frozen_weights, reference, wrap
 from mnp_fast.ops import masked_conv2d, masked_linear
@@ -115,6 +117,19 @@ def test_random_shapes():
             groups=groups,
         )
         compare(conv_inputs(conv, per_sample=bool(draw(0, 1))), conv, "relu", 1e-13)
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 5, 6), (2, 3, 1, 1), (2, 1, 1, 1), (2, 1, 1, 7)], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_output_of_one_channel_or_pixel_has_the_format_that_torch_gives_it(sizes, layout):
+    x = torch.empty(sizes, memory_format=layout).normal_()
+    weight = torch.randn(4, sizes[1], 3, 3)
+    y = masked_conv2d(x, weight, padding=2)
+    with FakeTensorMode() as mode:
+        fake = masked_conv2d(mode.from_tensor(x), mode.from_tensor(weight), padding=2)
+    last = F.conv2d(x, weight, padding=2).is_contiguous(memory_format=torch.channels_last)
+    assert y.is_contiguous(memory_format=torch.channels_last) == last
+    assert fake.stride() == y.stride()
 
 
 def test_channels_last_in_and_out():
