@@ -55,6 +55,7 @@ class Way(NamedTuple):
 SQUARE = (Shape(64, 64, 32), Shape(128, 128, 16), Shape(256, 256, 8), Shape(512, 512, 4))
 OTHERS = (
     Shape(3, 64, 32),
+    Shape(1, 32, 28, kernel=5),
     Shape(256, 256, 6),
     Shape(128, 128, 2),
     Shape(64, 128, 32, stride=2),
@@ -72,6 +73,8 @@ OTHERS = (
     Shape(512, 512, 8, groups=32),
     Shape(128, 128, 32, groups=128),
     Shape(256, 256, 16, stride=2, groups=256),
+    Shape(240, 240, 28, kernel=5, groups=240),
+    Shape(384, 384, 14, kernel=7, groups=384),
 )
 STEM = Shape(3, 64, 224, kernel=7, stride=2)
 
@@ -181,7 +184,7 @@ class Layer:
         """Plain torch has norm and mask folded into the weight, or apart behind it."""
         gain = (self.mask * self.scale)[:, None, None]
         whole, offset = self.weight * gain[..., None], self.mask * self.shift + self.bias
-        x = self.x.contiguous(memory_format=LAST)
+        x = self.x.to(memory_format=LAST)
         packed, packed_whole = (w.contiguous(memory_format=LAST) for w in (self.weight, whole))
         vectors = self.mask, self.scale, self.shift, self.bias
 
@@ -233,7 +236,7 @@ class Layer:
         """Gradients of x and mask, from what a forward keeps. NNPACK has none in torch."""
         gain = (self.mask * self.scale)[:, None, None]
         plain = [self.grad, self.x, self.weight, exact.float(), exact_t.float()]
-        last = [tensor.contiguous(memory_format=LAST) for tensor in plain]
+        last = [tensor.to(memory_format=LAST) for tensor in plain]
         grad, x, packed, y, _ = last
         u = self.convolve(x, packed)
 

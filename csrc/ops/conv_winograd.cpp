@@ -40,6 +40,14 @@ struct Part {
   Part(const Part&) = delete;
 };
 
+// Into how many blocks of at most `most` tiles: as many for each thread, if they do not get small.
+int64_t blocks_of(int64_t tiles, int64_t most) {
+  constexpr int64_t kSmall = 12;
+  const int64_t threads = torch::stable::get_num_threads(), fewest = (tiles + most - 1) / most;
+  const int64_t even = (fewest + threads - 1) / threads * threads;
+  return tiles / even >= kSmall ? even : fewest;
+}
+
 // Runs `a`, which is the first group's, with the convolution's weights, for a gradient of the input
 // turned and transposed.
 template <class T>
@@ -73,7 +81,7 @@ void run_winograd(cpu::Winograd<T>& a, const Conv& conv, Algorithm algorithm, co
        a.width, stride_g, weights.stride_j, weights.stride_q, weights.stride_d},
       conv.groups * group_size, pack_all);
   const int64_t tile_cost = 16 * a.depth * a.width;
-  if (tiles <= a.width && conv.groups <= sets) {
+  if (kernels.input_size(a.depth, tiles) <= group_size && conv.groups <= sets) {
     // Fewer inputs than weights: those are kept, and each set's weights are packed where used.
     // Products of a part take at most half of the second cache.
     const int64_t tile_bytes = kernels.product_size(1) * static_cast<int64_t>(sizeof(T));
@@ -104,7 +112,7 @@ void run_winograd(cpu::Winograd<T>& a, const Conv& conv, Algorithm algorithm, co
     return;
   }
   const int64_t most = kernels.block(a.depth, cpu::caches().l2);
-  const int64_t blocks = (tiles + most - 1) / most, block = (tiles + blocks - 1) / blocks;
+  const int64_t blocks = blocks_of(tiles, most), block = (tiles + blocks - 1) / blocks;
   const auto own = buffer<T>(kept ? 0 : conv.groups * group_size);
   if (!kept) pack_all(own.get());
   const T* packed = kept ? kept.get() : own.get();

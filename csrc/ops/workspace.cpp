@@ -12,7 +12,7 @@ namespace mnp::ops {
 namespace {
 
 constexpr std::align_val_t kLine{64};
-constexpr std::size_t kHeader = 64;  // holds the size, and keeps what follows aligned
+constexpr std::size_t kHeader = 64;  // of which a Header is a part; keeps what follows aligned
 // Up to this the allocator needs no fresh pages.
 #ifdef __SANITIZE_ADDRESS__
 constexpr bool kKeepsSmall = false;
@@ -37,7 +37,18 @@ Pool& pool() {
   return *pool;
 }
 
-std::size_t& size_of(char* block) { return *reinterpret_cast<std::size_t*>(block); }
+struct Header {
+  std::size_t size;
+  const void* owner;  // the thread that gave it back: in its core's caches are what it holds
+};
+
+std::size_t& size_of(char* block) { return reinterpret_cast<Header*>(block)->size; }
+const void*& owner_of(char* block) { return reinterpret_cast<Header*>(block)->owner; }
+
+const void* this_thread() {
+  static thread_local const char token = 0;
+  return &token;
+}
 
 // Large blocks are mapped: many of changing sizes, taken and given by several threads, would leave
 // the allocator's heaps full of holes.
@@ -113,10 +124,15 @@ void* take_memory(std::size_t bytes) {
     Pool& p = pool();
     const auto guard = lock_soon(p.lock);
     if (guard) {
+      // Another thread's would have to come out of another core's caches.
+      const auto before = [](char* a, char* b) {
+        const bool own = owner_of(a) == this_thread(), owned = owner_of(b) == this_thread();
+        return own != owned ? own : size_of(a) < size_of(b);
+      };
       auto best = p.blocks.end();
       for (auto it = p.blocks.begin(); it != p.blocks.end(); ++it)
         if (size_of(*it) >= bytes && size_of(*it) <= bytes + bytes / 4 &&
-            (best == p.blocks.end() || size_of(*it) < size_of(*best)))
+            (best == p.blocks.end() || before(*it, *best)))
           best = it;
       if (best != p.blocks.end()) {
         char* const block = *best;
@@ -133,6 +149,7 @@ void give_memory(void* memory) {
   if (!memory) return;
   char* const block = static_cast<char*>(memory) - kHeader;
   if (size_of(block) <= kSmall) return kKeepsSmall ? SmallBlocks::give(block) : release(block);
+  owner_of(block) = this_thread();
   std::vector<char*> old;
   {
     Pool& p = pool();
