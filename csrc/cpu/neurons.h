@@ -2,7 +2,10 @@
 // Included once per instruction set; see isa.inl.
 #pragma once
 
-// Pixels [begin, end) of a sample, whose u is given.
+// Neurons whose affine map is two vectors, of gains and offsets, in place of four.
+constexpr int64_t kAffine = 1024;
+
+// Pixels [begin, end), all of this sample's mask, whose u is given.
 template <class T>
 inline void write_pixels(const Epilogue<T>& given, int64_t sample, int64_t begin, int64_t end,
                          int64_t neurons, const T* u, T* y) {
@@ -11,14 +14,23 @@ inline void write_pixels(const Epilogue<T>& given, int64_t sample, int64_t begin
   e.mask += sample * e.mask_stride, e.mask_stride = 0;
   const bool is_affine = !e.u && !e.residual && !e.active;
   const int64_t whole = is_affine ? neurons / L * L : 0;
-  for (int64_t at = begin * neurons; at < end * neurons; at += neurons) {
-    for (int64_t k = 0; k < whole; k += L) {
-      const Vec<T> t = load<T>(e.scale + k) * load<T>(u + at + k) + load<T>(e.shift + k);
-      const Vec<T> z = load<T>(e.mask + k) * t + load<T>(e.bias + k);
-      store<T>(y + at + k, e.relu ? (z < T(0) ? Vec<T>{} : z) : z);
+  alignas(64) T gain[kAffine], offset[kAffine];
+  for (int64_t first = 0; first < whole; first += kAffine) {
+    const int64_t count = min(kAffine, whole - first);
+    for (int64_t k = 0; k < count; k += L) {
+      const Vec<T> mask = load<T>(e.mask + first + k);
+      store<T>(gain + k, mask * load<T>(e.scale + first + k));
+      store<T>(offset + k, mask * load<T>(e.shift + first + k) + load<T>(e.bias + first + k));
     }
-    if (whole < neurons) write_pixel(&e, u + at + whole, 0, whole, neurons - whole, y, at + whole);
+    for (int64_t at = begin * neurons + first; at < end * neurons; at += neurons)
+      for (int64_t k = 0; k < count; k += L) {
+        const Vec<T> z = load<T>(gain + k) * load<T>(u + at + k) + load<T>(offset + k);
+        store<T>(y + at + k, e.relu ? (z < T(0) ? Vec<T>{} : z) : z);
+      }
   }
+  if (whole < neurons)
+    for (int64_t at = begin * neurons + whole; at < end * neurons; at += neurons)
+      write_pixel(&e, u + at, 0, whole, neurons - whole, y, at);
 }
 
 template <class T>
@@ -27,7 +39,7 @@ void epilogue_forward(const NeuronLayout& layout, const Epilogue<T>& e, const T*
   if (layout.channels_last) {
     for (int64_t r = begin, stop; r < end; r = stop) {
       const int64_t n = r / layout.inner;
-      stop = min(end, (n + 1) * layout.inner);
+      stop = e.mask_stride ? min(end, (n + 1) * layout.inner) : end;
       write_pixels(e, n, r, stop, layout.neurons, u, y);
     }
     return;
