@@ -111,7 +111,7 @@ inline double sqrt(double x) { return __builtin_sqrt(x); }
 
 template <class F, class T = typename F::T>
 constexpr WinogradKernels<T> make_winograd() {
-  return {winograd_block<F>,        winograd_group_size<F>, winograd_pack<F>,
+  return {winograd_block<F>,        winograd_set_size<F>,   winograd_pack<F>,
           winograd_tiles<F>,        winograd_input_size<F>, winograd_input<F>,
           winograd_product_size<F>, winograd_output<F>};
 }
@@ -143,7 +143,7 @@ constexpr Kernels<T> make_kernels() {
           expand_neurons<T>,
           epilogue_grad<T>,
           mask_update<T>,
-          winograd_groups<T>,
+          winograd_sets<T>,
           make_winograd<F2<T>>(),
           make_winograd<F4<T>>(),
           make_winograd<F2Of5<T>>(),

@@ -181,10 +181,10 @@ template <class T>
 struct WinogradKernels {
   // Tiles to transform and multiply together, so that they stay in a second cache of l2 bytes.
   int64_t (*block)(int64_t depth, int64_t l2);
-  // Elements of one group's packed weights.
-  int64_t (*group_size)(int64_t depth);
-  // Packs one group's weights, turned by 180 degrees where `rotated`.
-  void (*pack)(const Weights<T>&, bool rotated, int64_t depth, int64_t width, int64_t group,
+  // Elements of one set's packed weights.
+  int64_t (*set_size)(int64_t depth);
+  // Packs one set's weights, turned by 180 degrees where `rotated`.
+  void (*pack)(const Weights<T>&, bool rotated, int64_t depth, int64_t width, int64_t set,
                T* packed);
   int64_t (*tiles)(const Winograd<T>&);
   // Elements of the transformed inputs of so many tiles.
@@ -194,9 +194,9 @@ struct WinogradKernels {
                 int64_t tiles);
   // Elements of scratch for the products of so many tiles.
   int64_t (*product_size)(int64_t tiles);
-  // Writes one group's outputs of tiles [begin, end), whose inputs are at rows [row, ...).
+  // Writes one set's outputs of tiles [begin, end), whose inputs are at rows [row, ...).
   void (*output)(const Winograd<T>&, int64_t begin, int64_t end, const T* inputs, int64_t row,
-                 int64_t tiles, int64_t group, const T* packed, T* products);
+                 int64_t tiles, int64_t set, const T* packed, T* products);
 };
 
 template <class T>
@@ -252,8 +252,8 @@ struct Kernels {
                         int64_t last);
   // Elements [begin, end).
   void (*mask_update)(const MaskUpdate<T>&, int64_t begin, int64_t end);
-  // Groups of output channels that Winograd multiplies together.
-  int64_t (*winograd_groups)(int64_t width);
+  // Sets of output channels that Winograd multiplies together.
+  int64_t (*winograd_sets)(int64_t width);
   WinogradKernels<T> winograd2, winograd4, winograd2_of_5, winograd4_stride2,
       winograd4_stride2_grad;
   WinogradWeightKernels<T> winograd2_weight, winograd4_weight, winograd4_stride2_weight;

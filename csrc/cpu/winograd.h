@@ -2,7 +2,7 @@
 // winograd_forms.h and docs/kernels.md.
 //
 // Per position of a tile, the products of all tiles and channels are a matrix product:
-// inputs [position][tile][depth] times weights [group][position][panel][depth][lanes].
+// inputs [position][tile][depth] times weights [set][position][panel][depth][lanes].
 #pragma once
 
 template <class F>
@@ -16,22 +16,22 @@ constexpr int64_t weight_position(int64_t position) {
 
 // Panels whose products are kept until they become outputs: 32 channels.
 template <class T>
-constexpr int64_t kGroupPanels = (32 + Panels<T>::kWide - 1) / Panels<T>::kWide;
+constexpr int64_t kSetPanels = (32 + Panels<T>::kWide - 1) / Panels<T>::kWide;
 
 template <class T>
-int64_t winograd_groups(int64_t width) {
-  return (Panels<T>{width}.count() + kGroupPanels<T> - 1) / kGroupPanels<T>;
+int64_t winograd_sets(int64_t width) {
+  return (Panels<T>{width}.count() + kSetPanels<T> - 1) / kSetPanels<T>;
 }
 
-// Elements from one position's weights of a whole group to the next.
+// Elements from one position's weights of a whole set to the next.
 template <class T>
-inline int64_t group_position(int64_t depth) {
-  return kGroupPanels<T> * Panels<T>::kWide * depth + kSkew;
+inline int64_t set_position(int64_t depth) {
+  return kSetPanels<T> * Panels<T>::kWide * depth + kSkew;
 }
 
 template <class F>
-int64_t winograd_group_size(int64_t depth) {
-  return F::kWeights * F::kWeights * group_position<typename F::T>(depth);
+int64_t winograd_set_size(int64_t depth) {
+  return F::kWeights * F::kWeights * set_position<typename F::T>(depth);
 }
 
 // Elements from one position's inputs of so many tiles to the next.
@@ -47,7 +47,7 @@ int64_t winograd_input_size(int64_t depth, int64_t tiles) {
 
 template <class T>
 inline int64_t product_position(int64_t tiles) {
-  return tiles * kGroupPanels<T> * Panels<T>::kWide + kSkew;
+  return tiles * kSetPanels<T> * Panels<T>::kWide + kSkew;
 }
 
 template <class F>
@@ -84,11 +84,11 @@ inline void pack_winograd_panel(const T* taps, int64_t depth, int64_t position, 
 
 template <class F, class T = typename F::T>
 void winograd_pack(const Weights<T>& weights, bool rotated, int64_t depth, int64_t width,
-                   int64_t group, T* packed) {
+                   int64_t set, T* packed) {
   constexpr int64_t L = VecOf<T>::lanes, kChannels = 16, kSquare = F::kTaps * F::kTaps;
   const Panels<T> shape{width};
-  const int64_t first = group * kGroupPanels<T>, position = group_position<T>(depth);
-  const int64_t last = min(shape.count(), first + kGroupPanels<T>);
+  const int64_t first = set * kSetPanels<T>, position = set_position<T>(depth);
+  const int64_t last = min(shape.count(), first + kSetPanels<T>);
   alignas(64) T taps[kChannels * kSquare * Panels<T>::kWide];
   for (int64_t p = first; p < last; ++p) {
     const int64_t lanes = shape.lanes(p);
@@ -192,22 +192,22 @@ void winograd_input(const Winograd<T>& a, int64_t begin, int64_t end, T* inputs,
   }
 }
 
-// Outputs of tiles [begin, end) for one group of channels, from row `row` on of the inputs.
+// Outputs of tiles [begin, end) for one set of channels, from row `row` on of the inputs.
 template <class F, class T = typename F::T>
 void winograd_output(const Winograd<T>& a, int64_t begin, int64_t end, const T* inputs, int64_t row,
-                     int64_t tiles, int64_t group, const T* packed, T* products) {
+                     int64_t tiles, int64_t set, const T* packed, T* products) {
   constexpr int64_t L = VecOf<T>::lanes, kWide = Panels<T>::kWide;
   const Panels<T> shape{a.width};
-  const int64_t first = group * kGroupPanels<T>;
-  const int64_t last = min(shape.count(), first + kGroupPanels<T>);
+  const int64_t first = set * kSetPanels<T>;
+  const int64_t last = min(shape.count(), first + kSetPanels<T>);
   const int64_t stride = skewed<T>(a.depth), position = input_position<T>(a.depth, tiles);
   const int64_t count = end - begin;
   const int64_t width = (last - first) * kWide;
   const int64_t out_position = product_position<T>(count);
   for (int64_t q = 0; q < kPositions<F>; ++q)
     for (int64_t p = first; p < last; ++p) {
-      const T* panel = packed + weight_position<F>(q) * group_position<T>(a.depth) +
-                       (p - first) * a.depth * kWide;
+      const T* panel =
+          packed + weight_position<F>(q) * set_position<T>(a.depth) + (p - first) * a.depth * kWide;
       T* to = products + q * out_position + (p - first) * kWide;
       product<T>(count, {inputs + q * position + row * stride, stride}, a.depth, panel,
                  shape.lanes(p), to, width);

@@ -58,9 +58,9 @@ void run_winograd(cpu::Winograd<T>& a, const Conv& conv, Algorithm algorithm, co
   const std::unique_ptr<T[]> zeros(new T[a.depth]());
   a.zeros = zeros.get();
   // Channels are multiplied in sets, of which each group of the convolution has so many.
-  const int64_t tiles = kernels.tiles(a), sets = all.winograd_groups(a.width);
+  const int64_t tiles = kernels.tiles(a), sets = all.winograd_sets(a.width);
   if (tiles == 0) return;
-  const int64_t set_size = kernels.group_size(a.depth), group_size = sets * set_size;
+  const int64_t set_size = kernels.set_size(a.depth), group_size = sets * set_size;
   const cpu::Weights<T> weights = weights_of<T>(weight, transposed);
   const int64_t stride_g = conv.group_out() * weight.stride(0);
   const auto pack = [&](int64_t set, T* packed) {
@@ -90,8 +90,8 @@ void run_winograd(cpu::Winograd<T>& a, const Conv& conv, Algorithm algorithm, co
     const int64_t products = kernels.product_size((tiles + parts - 1) / parts);
     const auto inputs = buffer<T>(kernels.input_size(a.depth, tiles));
     for (int64_t g = 0; g < conv.groups; ++g) {
-      const Part<T> own_part(a, g);
-      const cpu::Winograd<T>& b = own_part.problem;
+      const Part<T> of_group(a, g);
+      const cpu::Winograd<T>& b = of_group.problem;
       torch::stable::parallel_for(0, tiles, grain(16 * a.depth), [&](int64_t begin, int64_t end) {
         kernels.input(b, begin, end, inputs.get(), begin, tiles);
       });
@@ -123,10 +123,10 @@ void run_winograd(cpu::Winograd<T>& a, const Conv& conv, Algorithm algorithm, co
         for (int64_t i = begin; i < end; ++i) {
           const int64_t g = i % conv.groups, b = i / conv.groups;
           const int64_t first = b * tiles / blocks, last = (b + 1) * tiles / blocks;
-          const Part<T> part(a, g);
-          kernels.input(part.problem, first, last, inputs.get(), 0, block);
+          const Part<T> of_group(a, g);
+          kernels.input(of_group.problem, first, last, inputs.get(), 0, block);
           for (int64_t s = 0; s < sets; ++s)
-            kernels.output(part.problem, first, last, inputs.get(), 0, block, s,
+            kernels.output(of_group.problem, first, last, inputs.get(), 0, block, s,
                            packed + g * group_size + s * set_size, scratch.get());
         }
       });

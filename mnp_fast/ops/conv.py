@@ -25,9 +25,7 @@ from ._common import (
 )
 
 ALGORITHMS = ("auto", "direct", "winograd2", "winograd4")
-
-
-NARROW = 12  # channels of a group below which a Winograd transform serves too few products
+NARROW = 12  # channels of a group below which "auto" does not take Winograd's (algorithm.cpp)
 
 
 def allows(layer: torch.nn.Conv2d, algorithm: str) -> bool:
