@@ -49,11 +49,13 @@ def main(
 
 
 def save(figure: Figure, image: Path) -> None:
-    """Write a PNG with few colours, a third as large."""
+    """Write a PNG with few colours, rare ones such as a loss among them, a third as large."""
     buffer = BytesIO()
     figure.savefig(buffer, format="png")
     with Image.open(buffer) as picture:
-        picture.convert("RGB").quantize(COLOURS).save(image, optimize=True)
+        picture.convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE).save(
+            image, optimize=True
+        )
 
 
 def bars(file: Path) -> list[Bar]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, ImageColor
 from torch import distributed as dist
 from torch import nn
 
@@ -26,6 +27,7 @@ from benchmarks import (
 )
 from benchmarks.timing import OURS, Case, measure
 from mnp_fast.demo.resnet import ResNet18
+from mnp_fast.plots import PRUNED
 
 from .commands import call
 from .models import randomize
@@ -225,6 +227,17 @@ def test_chart(tmp_path):
     assert result.exit_code == 0, result.output
     assert image.read_bytes().startswith(b"\x89PNG")
     assert image.stat().st_size < 150_000
+
+
+def test_chart_shows_a_loss_among_many_gains_in_its_colour(tmp_path):
+    gains = [{"case": f"{i}", "by": OURS, "ratio": 2 + i / 40} for i in range(80)]
+    rows = [*gains, {"case": "b", "by": OURS, "ratio": 0.97}]
+    (tmp_path / "layers.json").write_text(json.dumps({"quick": False, "rows": rows}))
+    result = call(chart.main, "--results", tmp_path, "--image", tmp_path / "chart.png")
+    assert result.exit_code == 0, result.output
+    with Image.open(tmp_path / "chart.png") as picture:
+        colours = picture.convert("RGB").getcolors()
+    assert ImageColor.getrgb(PRUNED) in [colour for _, colour in colours]
 
 
 def test_chart_of_quick_figures(tmp_path):
