@@ -3,25 +3,6 @@
 // isa.inl.
 #pragma once
 
-// The taps of a K x K kernel without dilation: the row and the column that are read first, and
-// whether the kernel's last row or column reads them. K is 0 for any others.
-struct SquareTaps {
-  int64_t K;
-  bool turned_h, turned_w;
-  int64_t top, left;
-};
-
-inline SquareTaps square_taps(const int64_t* tap_h, const int64_t* tap_w, int64_t taps) {
-  const int64_t K = taps == 9 ? 3 : taps == 25 ? 5 : taps == 49 ? 7 : 0;
-  if (K == 0) return {};
-  const int64_t down = tap_h[K] - tap_h[0], right = tap_w[1] - tap_w[0];
-  bool found = (down == 1 || down == -1) && (right == 1 || right == -1);
-  for (int64_t q = 0; q < taps; ++q)
-    found &= tap_h[q] == tap_h[0] + q / K * down && tap_w[q] == tap_w[0] + q % K * right;
-  if (!found) return {};
-  return {K, down < 0, right < 0, min(tap_h[0], tap_h[taps - 1]), min(tap_w[0], tap_w[taps - 1])};
-}
-
 // Pixels from `at` to column `stop` of its row of the grid, and those below them in `rows` rows.
 struct DepthwisePixels {
   GridPixel at;
@@ -30,7 +11,7 @@ struct DepthwisePixels {
 
 // Channels [begin, end), vectors of them or less than one, of at most R rows.
 template <class T, int K, int Step, int R, bool Whole>
-[[gnu::noinline]] void depthwise_tile(const Direct<T>& a, const SquareTaps& taps,
+[[gnu::noinline]] void depthwise_tile(const Direct<T>& a, const GridTaps& taps,
                                       const DepthwisePixels& pixels, int64_t begin, int64_t end) {
   constexpr int L = VecOf<T>::lanes;
   constexpr int kRead = (R - 1) * Step + K;                 // rows
@@ -129,7 +110,7 @@ template <class T, int K, int Step, int R, bool Whole>
 }
 
 template <class T, int K, int Step, int R>
-inline void depthwise_channels(const Direct<T>& a, const SquareTaps& taps,
+inline void depthwise_channels(const Direct<T>& a, const GridTaps& taps,
                                const DepthwisePixels& pixels) {
   const int64_t whole = a.groups / VecOf<T>::lanes * VecOf<T>::lanes;
   depthwise_tile<T, K, Step, R, true>(a, taps, pixels, 0, whole);
@@ -137,7 +118,7 @@ inline void depthwise_channels(const Direct<T>& a, const SquareTaps& taps,
 }
 
 template <class T, int K, int Step>
-void depthwise_pixels(const Direct<T>& a, const SquareTaps& taps, int64_t begin, int64_t end) {
+void depthwise_pixels(const Direct<T>& a, const GridTaps& taps, int64_t begin, int64_t end) {
   constexpr int R = kRows > 6 ? 4 : 2;  // as many as fit the registers
   while (begin < end) {
     const GridPixel at(begin, a.rows, a.cols);
@@ -155,8 +136,7 @@ void depthwise_pixels(const Direct<T>& a, const SquareTaps& taps, int64_t begin,
 }
 
 template <class T, int K>
-inline void depthwise_steps(const Direct<T>& a, const SquareTaps& taps, int64_t begin,
-                            int64_t end) {
+inline void depthwise_steps(const Direct<T>& a, const GridTaps& taps, int64_t begin, int64_t end) {
   if (a.step_w == 1)
     depthwise_pixels<T, K, 1>(a, taps, begin, end);
   else
@@ -166,10 +146,10 @@ inline void depthwise_steps(const Direct<T>& a, const SquareTaps& taps, int64_t 
 // Pixels [begin, end), if there is a kernel for such taps.
 template <class T>
 bool depthwise(const Direct<T>& a, int64_t begin, int64_t end) {
-  const SquareTaps taps = square_taps(a.tap_h, a.tap_w, a.taps);
-  if (taps.K == 0 || a.step_h != a.step_w || a.step_w > 2) return false;
-  if (taps.K == 3) depthwise_steps<T, 3>(a, taps, begin, end);
-  if (taps.K == 5) depthwise_steps<T, 5>(a, taps, begin, end);
-  if (taps.K == 7) depthwise_steps<T, 7>(a, taps, begin, end);
-  return true;
+  const GridTaps taps = grid_taps(a.tap_h, a.tap_w, a.taps);
+  if (taps.rows != taps.cols || a.step_h != a.step_w || a.step_w > 2) return false;
+  if (taps.rows == 3) return depthwise_steps<T, 3>(a, taps, begin, end), true;
+  if (taps.rows == 5) return depthwise_steps<T, 5>(a, taps, begin, end), true;
+  if (taps.rows == 7) return depthwise_steps<T, 7>(a, taps, begin, end), true;
+  return false;
 }

@@ -25,11 +25,13 @@ void pack_panels(const PackPanels<T>& a, int64_t begin, int64_t end, T* panels) 
 
 template <class T>
 int64_t direct_scratch(const Direct<T>& a) {
+  if (is_grouped(a)) return grouped_scratch(a);
   return is_narrow<T>(a.groups, a.depth, a.width) ? narrow_scratch(a) : dense_scratch(a);
 }
 
 template <class T>
 void direct(const Direct<T>& a, int64_t begin, int64_t end, char* scratch) {
+  if (is_grouped(a)) return grouped(a, begin, end, scratch);
   const bool is = is_narrow<T>(a.groups, a.depth, a.width);
   is ? narrow(a, begin, end, scratch) : dense(a, begin, end, scratch);
 }

@@ -96,6 +96,7 @@ inline double sqrt(double x) { return __builtin_sqrt(x); }
 #include "dense.h"
 #include "depthwise.h"
 #include "narrow.h"
+#include "grouped.h"
 #include "direct.h"
 #include "direct_rows.h"
 #include "image_grad.h"
@@ -130,6 +131,7 @@ constexpr Kernels<T> make_kernels() {
           pack_panels<T>,
           direct_scratch<T>,
           direct<T>,
+          fills_vectors<T>,
           direct_rows<T>,
           image_grad_scratch<T>,
           image_grad<T>,

@@ -10,6 +10,9 @@
 
 namespace mnp::cpu {
 
+// Products that are added up one after the other at most: rounding stays within its bound then.
+constexpr int64_t kLongestSum = 1024;
+
 // y = act(mask * (scale * u + shift) + bias + residual), per neuron (the last axis).
 template <class T>
 struct Epilogue {
@@ -71,10 +74,11 @@ struct Direct {
 // Winograd's tiles.
 template <class T>
 struct Winograd {
-  const T* input;  // NHWC, in_stride elements from a pixel to the next, depth of them channels
-  int64_t batch, in_h, in_w, in_stride, depth;
+  const T* input;  // NHWC, in_stride elements from a pixel to the next
+  int64_t batch, in_h, in_w, in_stride;
+  int64_t in_depth, depth;  // channels that are transformed; those of them that are summed over
   int64_t padding_h, padding_w;  // may be negative: rows and columns that are not read
-  const T* zeros;                // depth zeros, read where a tile reaches outside the input
+  const T* zeros;                // in_depth zeros, read where a tile reaches outside the input
   T* output;                     // NHWC, out_stride elements from a pixel to the next
   int64_t out_h, out_w, out_stride, width;
   const Epilogue<T>* epilogue;  // never null
@@ -225,6 +229,8 @@ struct Kernels {
   int64_t (*direct_scratch)(const Direct<T>&);
   // Grid pixels [begin, end) of batch * rows * cols.
   void (*direct)(const Direct<T>&, int64_t begin, int64_t end, char* scratch);
+  // Whether it has a kernel for these groups that uses most lanes of its vectors.
+  bool (*fills_vectors)(const Direct<T>&);
   // The same for one group, where every tap reads a run of `depth` elements inside the image, from
   // column step_w * j on.
   void (*direct_rows)(const Direct<T>&, int64_t begin, int64_t end);

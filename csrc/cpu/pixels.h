@@ -38,6 +38,32 @@ struct Place {
   int64_t sample, element;
 };
 
+// The taps of a kernel without dilation: the row and the column that are read first, and whether
+// the kernel's last row or column reads them. No rows: other taps.
+struct GridTaps {
+  int64_t rows, cols;
+  bool turned_h, turned_w;
+  int64_t top, left;
+};
+
+inline GridTaps grid_taps(const int64_t* tap_h, const int64_t* tap_w, int64_t taps) {
+  int64_t cols = 0;
+  while (cols < taps && tap_h[cols] == tap_h[0]) ++cols;
+  if (cols == 0 || taps % cols) return {};
+  const int64_t down = cols < taps ? tap_h[cols] - tap_h[0] : 1;
+  const int64_t right = cols > 1 ? tap_w[1] - tap_w[0] : 1;
+  bool found = (down == 1 || down == -1) && (right == 1 || right == -1);
+  for (int64_t q = 0; q < taps; ++q)
+    found &= tap_h[q] == tap_h[0] + q / cols * down && tap_w[q] == tap_w[0] + q % cols * right;
+  if (!found) return {};
+  return {taps / cols,
+          cols,
+          down < 0,
+          right < 0,
+          min(tap_h[0], tap_h[taps - 1]),
+          min(tap_w[0], tap_w[taps - 1])};
+}
+
 // The taps that read inside the image, a bit each; those beyond the last bit share it.
 typedef uint64_t TapBits;
 

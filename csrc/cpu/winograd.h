@@ -175,7 +175,7 @@ template <class F, class T = typename F::T>
 void winograd_input(const Winograd<T>& a, int64_t begin, int64_t end, T* inputs, int64_t row,
                     int64_t tiles) {
   constexpr int64_t L = VecOf<T>::lanes, kLine = 64 / sizeof(T);
-  const int64_t stride = skewed<T>(a.depth), position = input_position<T>(a.depth, tiles);
+  const int64_t stride = skewed<T>(a.in_depth), position = input_position<T>(a.in_depth, tiles);
   const T* pixels[2][F::kIn * F::kIn];
   tile_pixels<F>(a, begin, pixels[0]);
   for (int64_t tile = begin; tile < end; ++tile) {
@@ -184,11 +184,11 @@ void winograd_input(const Winograd<T>& a, int64_t begin, int64_t end, T* inputs,
     tile_pixels<F>(a, min(tile + 1, end - 1), next);
     T* out = inputs + (row + tile - begin) * stride;
     int64_t c = 0;
-    for (; c + L <= a.depth; c += L) {
+    for (; c + L <= a.in_depth; c += L) {
       if (c % kLine == 0) prefetch_tile<F>(next, c);
       input_lane<F, true>(pixel, c, L, out + c, position);
     }
-    if (c < a.depth) input_lane<F, false>(pixel, c, a.depth - c, out + c, position);
+    if (c < a.in_depth) input_lane<F, false>(pixel, c, a.in_depth - c, out + c, position);
   }
 }
 
@@ -200,7 +200,7 @@ void winograd_output(const Winograd<T>& a, int64_t begin, int64_t end, const T* 
   const Panels<T> shape{a.width};
   const int64_t first = set * kSetPanels<T>;
   const int64_t last = min(shape.count(), first + kSetPanels<T>);
-  const int64_t stride = skewed<T>(a.depth), position = input_position<T>(a.depth, tiles);
+  const int64_t stride = skewed<T>(a.in_depth), position = input_position<T>(a.in_depth, tiles);
   const int64_t count = end - begin;
   const int64_t width = (last - first) * kWide;
   const int64_t out_position = product_position<T>(count);

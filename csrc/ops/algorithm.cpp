@@ -56,6 +56,13 @@ Algorithm fastest(const Conv& conv, Result result) {
   return Algorithm::direct;
 }
 
+// Whether the kernels of groups compute blocks of outputs, which share inputs (cpu/grouped.h).
+bool fits_blocks(const Conv& conv) {
+  const bool three = conv.kh == 3 && conv.kw == 3 && (both(conv.stride, 1) || both(conv.stride, 2));
+  const bool small = conv.kh <= 2 && conv.kw <= 2 && both(conv.stride, 1);
+  return (three || small) && both(conv.dilation, 1);
+}
+
 // Where torch's convolution and a pass over its output take less time than the direct kernels,
 // which has been measured with AVX-512. It costs more to call.
 bool torch_wins(const Conv& conv) {
@@ -67,7 +74,8 @@ bool torch_wins(const Conv& conv) {
   if (conv.is_depthwise()) return false;
   if (conv.groups == 1) return conv.taps() > 9;
   // Narrower groups share vectors well, wider ones fill them.
-  return conv.group_out() >= 8 && (conv.taps() > 9 || conv.group_out() < lanes);
+  return !fits_blocks(conv) && conv.group_out() >= 8 &&
+         (conv.taps() > 9 || conv.group_out() < lanes);
 }
 
 // Whether the direct kernels would leave most of a vector's lanes unused in the gradient of the
@@ -75,7 +83,7 @@ bool torch_wins(const Conv& conv) {
 bool is_image(const Conv& conv, ScalarType type) {
   const int64_t panel =
       type == ScalarType::Double ? cpu::kernels_of<double>().panel : cpu::kernels_of<float>().panel;
-  return conv.groups == 1 && conv.taps() > 1 && conv.c <= panel / 4 && conv.k <= kLongestSum;
+  return conv.groups == 1 && conv.taps() > 1 && conv.c <= panel / 4 && conv.k <= cpu::kLongestSum;
 }
 
 }  // namespace

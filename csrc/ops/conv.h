@@ -7,9 +7,6 @@
 
 namespace mnp::ops {
 
-// Products that are added up one after the other at most: rounding stays within its bound then.
-constexpr int64_t kLongestSum = 1024;
-
 // A convolution's geometry, checked.
 struct Conv {
   int64_t n, c, h, w, k, kh, kw, oh, ow, groups;

@@ -128,8 +128,6 @@ void flatten(cpu::Direct<T>& a) {
 template <class T>
 void run(cpu::Direct<T>& a, const Conv& conv, const cpu::PackPanels<T>& weights, const Taps& taps,
          bool equal_distances = false) {
-  const auto& kernels =
-      weights.groups > 1 ? cpu::kernels_of_group<T>(weights.width) : cpu::kernels_of<T>();
   a.taps = static_cast<int64_t>(taps.h.size());
   a.tap_h = taps.h.data();
   a.tap_w = taps.w.data();
@@ -137,6 +135,9 @@ void run(cpu::Direct<T>& a, const Conv& conv, const cpu::PackPanels<T>& weights,
   a.out_stride = a.groups * a.width;
   a.l1 = cpu::caches().l1, a.l2 = cpu::caches().l2;
   if (conv.is_pointwise() && conv.stride[0] == 1 && conv.stride[1] == 1) flatten(a);
+  const auto& widest = cpu::kernels_of<T>();
+  const bool fills = a.groups == 1 || widest.fills_vectors(a);
+  const auto& kernels = fills ? widest : cpu::kernels_of_group<T>(a.width);
   const int64_t pixels = conv.n * a.rows * a.cols, panels = kernels.panels_count(weights);
   const int64_t size = kernels.panels_size(weights);
   const auto pack_all = [&](T* packed) {
@@ -156,18 +157,23 @@ void run(cpu::Direct<T>& a, const Conv& conv, const cpu::PackPanels<T>& weights,
   kind.insert(kind.end(), weights.place, weights.place + w.taps);
   const auto kept = kept_weights<T>(w.data, kind, size, pack_all);
   // Each tile reads all panels. Whatever the batch: it decides about the rounding.
-  const bool in_rows =
-      equal_distances && a.taps * a.depth <= kLongestSum && size * int64_t(sizeof(T)) <= a.l2 / 2;
+  const bool in_rows = equal_distances && a.taps * a.depth <= cpu::kLongestSum &&
+                       size * int64_t(sizeof(T)) <= a.l2 / 2;
   if (conv.groups == 1 && pixels <= a.width)
     return run_by_panels(a, weights, pixels, kept.get(), in_rows);
-  const auto own = buffer<T>(kept ? 0 : size);
-  if (!kept) pack_all(own.get());
-  a.panels = kept ? kept.get() : own.get();
+  // Each thread packs few weights for itself: that takes less time than to get them from another.
+  const bool each = !kept && size * int64_t(sizeof(T)) <= a.l2 / 2;
+  const auto shared = buffer<T>(kept || each ? 0 : size);
+  if (!kept && !each) pack_all(shared.get());
+  a.panels = kept ? kept.get() : shared.get();
   const int64_t cost = a.taps * a.depth * a.width * a.groups;
   torch::stable::parallel_for(0, pixels, grain(cost), [&](int64_t begin, int64_t end) {
-    if (in_rows) return kernels.direct_rows(a, begin, end);
-    const auto scratch = buffer<char>(kernels.direct_scratch(a));
-    kernels.direct(a, begin, end, scratch.get());
+    cpu::Direct<T> b = a;
+    const auto own = buffer<T>(each ? size : 0);
+    if (each) kernels.pack_panels(weights, 0, panels, own.get()), b.panels = own.get();
+    if (in_rows) return kernels.direct_rows(b, begin, end);
+    const auto scratch = buffer<char>(kernels.direct_scratch(b));
+    kernels.direct(b, begin, end, scratch.get());
   });
 }
 

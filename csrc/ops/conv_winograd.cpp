@@ -20,8 +20,8 @@ template <class T>
 cpu::Winograd<T> problem(const Conv& conv, const T* x) {
   cpu::Winograd<T> a{};
   a.input = x;
-  a.batch = conv.n, a.in_h = conv.h, a.in_w = conv.w, a.in_stride = conv.c,
-  a.depth = conv.group_in();
+  a.batch = conv.n, a.in_h = conv.h, a.in_w = conv.w, a.in_stride = conv.c;
+  a.in_depth = a.depth = conv.group_in();
   a.padding_h = conv.padding[0], a.padding_w = conv.padding[1];
   a.out_h = conv.oh, a.out_w = conv.ow, a.out_stride = conv.k, a.width = conv.group_out();
   return a;
@@ -40,6 +40,13 @@ struct Part {
   Part(const Part&) = delete;
 };
 
+// Groups whose inputs are transformed together: those of one alone, a few bytes of each pixel,
+// would be read far more slowly.
+int64_t groups_together(const Conv& conv, int64_t depth) {
+  constexpr int64_t kChannels = 128;
+  return std::clamp<int64_t>(kChannels / depth, 1, conv.groups);
+}
+
 // Into how many blocks of at most `most` tiles: as many for each thread, if they do not get small.
 int64_t blocks_of(int64_t tiles, int64_t most) {
   constexpr int64_t kSmall = 12;
@@ -55,7 +62,8 @@ void run_winograd(cpu::Winograd<T>& a, const Conv& conv, Algorithm algorithm, co
                   bool transposed) {
   const auto& all = conv.groups > 1 ? cpu::kernels_of_group<T>(a.width) : cpu::kernels_of<T>();
   const auto& kernels = kernels_for(all, conv, algorithm, transposed);
-  const std::unique_ptr<T[]> zeros(new T[a.depth]());
+  const int64_t together = groups_together(conv, a.depth);
+  const std::unique_ptr<T[]> zeros(new T[together * a.depth]());
   a.zeros = zeros.get();
   // Channels are multiplied in sets, of which each group of the convolution has so many.
   const int64_t tiles = kernels.tiles(a), sets = all.winograd_sets(a.width);
@@ -111,23 +119,28 @@ void run_winograd(cpu::Winograd<T>& a, const Conv& conv, Algorithm algorithm, co
     }
     return;
   }
-  const int64_t most = kernels.block(a.depth, cpu::caches().l2);
+  const int64_t most = kernels.block(together * a.depth, cpu::caches().l2);
   const int64_t blocks = blocks_of(tiles, most), block = (tiles + blocks - 1) / blocks;
+  const int64_t bundles = (conv.groups + together - 1) / together;
   const auto own = buffer<T>(kept ? 0 : conv.groups * group_size);
   if (!kept) pack_all(own.get());
   const T* packed = kept ? kept.get() : own.get();
   torch::stable::parallel_for(
-      0, blocks * conv.groups, grain(tile_cost * block), [&](int64_t begin, int64_t end) {
-        const auto inputs = buffer<T>(kernels.input_size(a.depth, block));
+      0, blocks * bundles, grain(tile_cost * block * together), [&](int64_t begin, int64_t end) {
+        const auto inputs = buffer<T>(kernels.input_size(together * a.depth, block));
         const auto scratch = buffer<T>(kernels.product_size(block));
         for (int64_t i = begin; i < end; ++i) {
-          const int64_t g = i % conv.groups, b = i / conv.groups;
+          const int64_t b = i / bundles, first_group = i % bundles * together;
+          const int64_t groups = std::min(together, conv.groups - first_group);
           const int64_t first = b * tiles / blocks, last = (b + 1) * tiles / blocks;
-          const Part<T> of_group(a, g);
-          kernels.input(of_group.problem, first, last, inputs.get(), 0, block);
-          for (int64_t s = 0; s < sets; ++s)
-            kernels.output(of_group.problem, first, last, inputs.get(), 0, block, s,
-                           packed + g * group_size + s * set_size, scratch.get());
+          for (int64_t g = 0; g < groups; ++g) {
+            Part<T> of_group(a, first_group + g);
+            of_group.problem.in_depth = groups * a.depth;
+            if (g == 0) kernels.input(of_group.problem, first, last, inputs.get(), 0, block);
+            for (int64_t s = 0; s < sets; ++s)
+              kernels.output(of_group.problem, first, last, inputs.get() + g * a.depth, 0, block, s,
+                             packed + (first_group + g) * group_size + s * set_size, scratch.get());
+          }
         }
       });
 }
@@ -150,7 +163,7 @@ void winograd_input_grad(const Conv& conv, Algorithm algorithm, const Tensor& we
   cpu::Winograd<T> a{};
   a.input = g;
   a.batch = conv.n, a.in_h = conv.oh, a.in_w = conv.ow, a.in_stride = g_stride;
-  a.depth = conv.group_out();
+  a.in_depth = a.depth = conv.group_out();
   const auto before = [&](int i) {
     return conv.stride[i] == 1 ? conv.kh - 1 - conv.padding[i] : (1 - conv.padding[i]) / 2;
   };

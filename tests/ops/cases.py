@@ -71,6 +71,13 @@ CONVS = {
     "groups of 2, 1x1 stride 3": Conv(
         2, 10, 7, 8, 10, kernel=(1, 1), stride=(3, 2), padding=(0, 0), groups=5
     ),
+    "groups of 2, one column": Conv(3, 38, 9, 1, 38, groups=19),
+    "groups of 8, stride 2": Conv(2, 40, 11, 15, 40, stride=(2, 2), groups=5),
+    "groups of 8, wide padding": Conv(1, 24, 2, 5, 24, padding=(3, 4), groups=3),
+    "groups of 4, 2x2": Conv(2, 20, 6, 7, 20, kernel=(2, 2), padding=(1, 0), groups=5),
+    "groups of 16 to 24, stride 2": Conv(2, 48, 7, 10, 72, stride=(2, 2), groups=3),
+    "groups of 33, wide image": Conv(1, 66, 5, 90, 66, groups=2),
+    "groups of 120": Conv(1, 240, 4, 5, 16, padding=(0, 1), groups=2),
     "groups of 4 to 8": Conv(2, 12, 6, 5, 24, groups=3),
     "groups of 16": Conv(2, 48, 5, 4, 48, groups=3),
     "groups of 8, 4 in": Conv(1, 12, 6, 5, 24, groups=3),

@@ -114,11 +114,14 @@ def draw_conv(draw: random.Random, algorithm: str) -> Conv:
     stride, dilation = ((1, 1), (1, 1)) if winograd else (pair(1, 3), pair(1, 3))
     if algorithm == "winograd4":
         kernel, stride = draw.choice([((3, 3), (1, 1)), ((3, 3), (2, 2)), ((5, 5), (1, 1))])
-    kinds = ["dense", "dense", "grouped", "narrow", "depthwise", "depthwise square"]
+    kinds = ["dense", "dense", "grouped", "narrow", "depthwise", "depthwise square", "blocks"]
     kind = draw.choice(kinds[:4] if winograd else kinds)
     if kind == "depthwise square":
         size, step = draw.choice((3, 5, 7)), draw.choice((1, 2))
         kernel, stride, dilation = (size, size), (step, step), (1, 1)
+    elif kind == "blocks":
+        step = draw.choice((1, 2))
+        kernel, stride, dilation = (3, 3), (step, step), (1, 1)
     padding = pair(0, 2)
     h, w = (
         max(1, d * (k - 1) + 1 - 2 * p) + draw.choice((0, 0, 1, 4, 9))
@@ -131,6 +134,10 @@ def draw_conv(draw: random.Random, algorithm: str) -> Conv:
     elif kind == "narrow":
         groups = draw.randint(2, 16)
         c = k = groups * draw.choice((2, 4, 8))
+    elif kind == "blocks":
+        groups = draw.randint(2, 9)
+        width = draw.choice((2, 3, 4, 8, 11, 16, 20))
+        c, k = groups * width, groups * draw.choice((width, width, 5, 24))
     elif kind == "depthwise":
         groups, k = c, c * draw.choice((1, 1, 2))
     elif kind == "depthwise square":
