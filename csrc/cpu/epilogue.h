@@ -32,19 +32,27 @@ inline Compared<T> load_flags(const uint8_t* from, int64_t count) {
   return (Compared<T>)__builtin_shuffle((Vec<uint8_t>)repeated, lane);
 }
 
+// What the equation makes of u where the mask is given: gain * u + offset.
+template <class T>
+struct Affine {
+  Vec<T> gain, offset;
+  Affine() = default;
+  Affine(Vec<T> mask, Vec<T> scale, Vec<T> shift, Vec<T> bias)
+      : gain(mask * scale), offset(mask * shift + bias) {}
+};
+
 // One vector of neurons [first, first + count) of a sample, of which `count` exist.
 template <class T>
 struct OutputLane {
   const Epilogue<T>* e;
-  Vec<T> mask, scale, shift, bias;
+  Affine<T> affine;
   int64_t count;
   OutputLane(const Epilogue<T>* epilogue, int64_t sample, int64_t first, int64_t used)
       : e(epilogue), count(used) {
     if (!e->mask) return;
-    mask = load_some<T>(e->mask + sample * e->mask_stride + first, count);
-    scale = load_some<T>(e->scale + first, count);
-    shift = load_some<T>(e->shift + first, count);
-    bias = load_some<T>(e->bias + first, count);
+    affine = {load_some<T>(e->mask + sample * e->mask_stride + first, count),
+              load_some<T>(e->scale + first, count), load_some<T>(e->shift + first, count),
+              load_some<T>(e->bias + first, count)};
   }
   // What a later write at `element` will read, and where it will write.
   void prefetch(const T* output, int64_t element) const {
@@ -55,10 +63,10 @@ struct OutputLane {
   // Writes at `element` of the image.
   void write(T* output, int64_t element, Vec<T> u) const {
     if (e->u) store_some<T>(e->u + element, u, count);
-    if (e->mask) u = mask * (scale * u + shift) + bias;
+    if (e->mask) u = affine.gain * u + affine.offset;
     if (e->residual) u += load_some<T>(e->residual + element, count);
     if (e->active) store_flags<T>(e->active + element, ~(u <= T(0)), count);
-    if (e->relu) u = u < T(0) ? Vec<T>{} : u;
+    if (e->relu) u = relu(u);
     store_some<T>(output + element, u, count);
   }
 };

@@ -4,7 +4,7 @@
 // set.
 #include "kernels.h"
 
-#if defined(__AVX512F__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -76,11 +76,24 @@ inline void prefetch(const T* p, bool write) {
 }
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-// NaN goes through, as in torch.
+// NaN goes through, as in torch: where one is NaN, a maximum is its second operand.
 template <class T>
 inline T relu(T x) {
   return x < 0 ? T(0) : x;
 }
+#if defined(__AVX512F__) && MNP_VEC_BYTES == 64
+inline Vec<float> relu(Vec<float> x) { return (Vec<float>)_mm512_max_ps(__m512{}, (__m512)x); }
+inline Vec<double> relu(Vec<double> x) { return (Vec<double>)_mm512_max_pd(__m512d{}, (__m512d)x); }
+#elif defined(__AVX__) && MNP_VEC_BYTES == 32
+inline Vec<float> relu(Vec<float> x) { return (Vec<float>)_mm256_max_ps(__m256{}, (__m256)x); }
+inline Vec<double> relu(Vec<double> x) { return (Vec<double>)_mm256_max_pd(__m256d{}, (__m256d)x); }
+#elif defined(__SSE2__) && MNP_VEC_BYTES == 16
+inline Vec<float> relu(Vec<float> x) { return (Vec<float>)_mm_max_ps(__m128{}, (__m128)x); }
+inline Vec<double> relu(Vec<double> x) { return (Vec<double>)_mm_max_pd(__m128d{}, (__m128d)x); }
+#else
+inline Vec<float> relu(Vec<float> x) { return x < 0 ? Vec<float>{} : x; }
+inline Vec<double> relu(Vec<double> x) { return x < 0 ? Vec<double>{} : x; }
+#endif
 template <class T>
 inline T max(T a, T b) {
   return a > b || a != a ? a : b;

@@ -18,14 +18,15 @@ inline void write_pixels(const Epilogue<T>& given, int64_t sample, int64_t begin
   for (int64_t first = 0; first < whole; first += kAffine) {
     const int64_t count = min(kAffine, whole - first);
     for (int64_t k = 0; k < count; k += L) {
-      const Vec<T> mask = load<T>(e.mask + first + k);
-      store<T>(gain + k, mask * load<T>(e.scale + first + k));
-      store<T>(offset + k, mask * load<T>(e.shift + first + k) + load<T>(e.bias + first + k));
+      const Affine<T> affine(load<T>(e.mask + first + k), load<T>(e.scale + first + k),
+                             load<T>(e.shift + first + k), load<T>(e.bias + first + k));
+      store<T>(gain + k, affine.gain);
+      store<T>(offset + k, affine.offset);
     }
     for (int64_t at = begin * neurons + first; at < end * neurons; at += neurons)
       for (int64_t k = 0; k < count; k += L) {
         const Vec<T> z = load<T>(gain + k) * load<T>(u + at + k) + load<T>(offset + k);
-        store<T>(y + at + k, e.relu ? (z < T(0) ? Vec<T>{} : z) : z);
+        store<T>(y + at + k, e.relu ? relu(z) : z);
       }
   }
   if (whole < neurons)

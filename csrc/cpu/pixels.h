@@ -232,16 +232,18 @@ template <class T, int R, int V>
     for (int v = 0; v < V; ++v) {
       const int64_t neuron = first + v * L;
       const Vec<T> scale = load<T>(e.scale + neuron), shift = load<T>(e.shift + neuron);
-      const Vec<T> bias = load<T>(e.bias + neuron), shared = load<T>(e.mask + neuron);
+      const Vec<T> bias = load<T>(e.bias + neuron);
+      Affine<T> affine(load<T>(e.mask + neuron), scale, shift, bias);
 #pragma GCC unroll 16
       for (int i = 0; i < R; ++i) {
         const T* own = e.mask + places[i].sample * e.mask_stride + neuron;
-        u[i][v] = (e.mask_stride ? load<T>(own) : shared) * (scale * u[i][v] + shift) + bias;
+        if (e.mask_stride) affine = {load<T>(own), scale, shift, bias};
+        u[i][v] = affine.gain * u[i][v] + affine.offset;
       }
     }
   if (e.residual) each([&](Vec<T> x, int64_t at) { return x + load<T>(e.residual + at); });
   if (e.active)
     each([&](Vec<T> x, int64_t at) { return store_flags<T>(e.active + at, ~(x <= T(0)), L), x; });
-  if (e.relu) each([](Vec<T> x, int64_t) { return x < T(0) ? Vec<T>{} : x; });
+  if (e.relu) each([](Vec<T> x, int64_t) { return relu(x); });
   each([&](Vec<T> x, int64_t at) { return store<T>(a.output + at, x), x; });
 }
