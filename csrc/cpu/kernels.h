@@ -77,9 +77,10 @@ struct Winograd {
   const T* input;  // NHWC, in_stride elements from a pixel to the next
   int64_t batch, in_h, in_w, in_stride;
   int64_t in_depth, depth;  // channels that are transformed; those of them that are summed over
-  int64_t padding_h, padding_w;  // may be negative: rows and columns that are not read
-  const T* zeros;                // in_depth zeros, read where a tile reaches outside the input
-  T* output;                     // NHWC, out_stride elements from a pixel to the next
+  int64_t padding_h, padding_w;    // may be negative: rows and columns that are not read
+  int64_t dilation_h, dilation_w;  // 1 with stride 2
+  const T* zeros;                  // in_depth zeros, read where a tile reaches outside the input
+  T* output;                       // NHWC, out_stride elements from a pixel to the next
   int64_t out_h, out_w, out_stride, width;
   const Epilogue<T>* epilogue;  // never null
 };

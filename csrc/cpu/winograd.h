@@ -111,22 +111,42 @@ void winograd_pack(const Weights<T>& weights, bool rotated, int64_t depth, int64
   }
 }
 
+// How tiles cover an axis of the outputs. With a dilation, rows that lie so far apart make an image
+// of their own, for each remainder; its tiles follow each other.
+template <class F>
+struct TileAxis {
+  int64_t size, dilation, per_image;
+  TileAxis(int64_t outputs, int64_t dilation)
+      : size(outputs),
+        dilation(dilation),
+        per_image(((outputs + dilation - 1) / dilation + F::kOut - 1) / F::kOut) {}
+  int64_t count() const { return per_image * min(dilation, size); }
+  // The tile's first output, and how many it has.
+  int64_t first(int64_t tile) const {
+    return tile / per_image + tile % per_image * F::kOut * dilation;
+  }
+  int64_t outputs(int64_t first) const {
+    return first < size ? min(F::kOut, (size - first + dilation - 1) / dilation) : 0;
+  }
+};
+
 // Where a tile reads and writes: the sample, and the first row and column of its outputs.
 template <class F, class T = typename F::T>
 struct TileAt {
+  TileAxis<F> rows, cols;
   int64_t n, h, w;
-  TileAt(const Winograd<T>& a, int64_t tile) {
-    const int64_t rows = (a.out_h + F::kOut - 1) / F::kOut;
-    const int64_t cols = (a.out_w + F::kOut - 1) / F::kOut;
-    n = tile / (rows * cols);
-    h = tile / cols % rows * F::kOut;
-    w = tile % cols * F::kOut;
+  TileAt(const Winograd<T>& a, int64_t tile)
+      : rows(a.out_h, a.dilation_h), cols(a.out_w, a.dilation_w) {
+    n = tile / (rows.count() * cols.count());
+    h = rows.first(tile / cols.count() % rows.count());
+    w = cols.first(tile % cols.count());
   }
 };
 
 template <class F, class T = typename F::T>
 int64_t winograd_tiles(const Winograd<T>& a) {
-  return a.batch * ((a.out_h + F::kOut - 1) / F::kOut) * ((a.out_w + F::kOut - 1) / F::kOut);
+  return a.batch * TileAxis<F>(a.out_h, a.dilation_h).count() *
+         TileAxis<F>(a.out_w, a.dilation_w).count();
 }
 
 // One vector of channels, or the last `count` of them, of a tile whose pixels are given.
@@ -152,13 +172,15 @@ template <class F, class T = typename F::T>
 inline void tile_pixels(const Winograd<T>& a, int64_t tile, const T** pixel) {
   const TileAt<F> at(a, tile);
   const int64_t h = F::first_input(at.h) - a.padding_h, w = F::first_input(at.w) - a.padding_w;
-  bool inside[F::kIn];  // by column
-  for (int64_t j = 0; j < F::kIn; ++j) inside[j] = w + j >= 0 && w + j < a.in_w;
-  for (int64_t i = 0; i < F::kIn; ++i) {
-    const int64_t first = (at.n * a.in_h + h + i) * a.in_w + w;
-    const bool is_row = h + i >= 0 && h + i < a.in_h;
+  int64_t column[F::kIn];  // or -1 where it is outside
+  for (int64_t j = 0, x = w; j < F::kIn; ++j, x += a.dilation_w)
+    column[j] = x >= 0 && x < a.in_w ? x : -1;
+  for (int64_t i = 0, y = h; i < F::kIn; ++i, y += a.dilation_h) {
+    const bool is_row = y >= 0 && y < a.in_h;
+    const int64_t row = (at.n * a.in_h + y) * a.in_w;
     for (int64_t j = 0; j < F::kIn; ++j)
-      pixel[i * F::kIn + j] = is_row && inside[j] ? a.input + (first + j) * a.in_stride : a.zeros;
+      pixel[i * F::kIn + j] =
+          is_row && column[j] >= 0 ? a.input + (row + column[j]) * a.in_stride : a.zeros;
   }
 }
 
@@ -215,7 +237,8 @@ void winograd_output(const Winograd<T>& a, int64_t begin, int64_t end, const T* 
   const Epilogue<T> own = *a.epilogue;  // no store can change it
   for (int64_t tile = begin; tile < end; ++tile) {
     const TileAt<F> at(a, tile);
-    const int64_t rows = min(F::kOut, a.out_h - at.h), cols = min(F::kOut, a.out_w - at.w);
+    const int64_t rows = at.rows.outputs(at.h), cols = at.cols.outputs(at.w);
+    const int64_t right = a.dilation_w * a.out_stride;
     const TileAt<F> next(a, min(tile + 1, end - 1));
     // From the tile's pixels to those of the next one.
     const int64_t ahead =
@@ -231,11 +254,11 @@ void winograd_output(const Winograd<T>& a, int64_t begin, int64_t end, const T* 
       const OutputLane<T> lane(&own, at.n, k, min(L, a.width - k));
       for (int64_t i = 0; i < rows; ++i) {
         F::output(half + i * F::kPoints, whole, 1);
-        const int64_t element = ((at.n * a.out_h + at.h + i) * a.out_w + at.w) * a.out_stride + k;
+        const int64_t row = at.n * a.out_h + at.h + i * a.dilation_h;
+        const int64_t element = (row * a.out_w + at.w) * a.out_stride + k;
         for (int64_t j = 0; j < cols && ahead; ++j)
-          lane.prefetch(a.output, element + j * a.out_stride + ahead);
-        for (int64_t j = 0; j < cols; ++j)
-          lane.write(a.output, element + j * a.out_stride, whole[j]);
+          lane.prefetch(a.output, element + j * right + ahead);
+        for (int64_t j = 0; j < cols; ++j) lane.write(a.output, element + j * right, whole[j]);
       }
     }
   }

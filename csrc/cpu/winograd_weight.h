@@ -52,8 +52,8 @@ struct UnderTile {
     const TileAt<F> at(a.conv, tile);
     for (int64_t i = 0; i < F::kOut; ++i)
       for (int64_t j = 0; j < F::kOut; ++j) {
-        const T* g =
-            under_tap(a.grad, a.conv.out_h, a.conv.out_w, a.grad_stride, at.n, at.h + i, at.w + j);
+        const int64_t h = at.h + i * a.conv.dilation_h, w = at.w + j * a.conv.dilation_w;
+        const T* g = under_tap(a.grad, a.conv.out_h, a.conv.out_w, a.grad_stride, at.n, h, w);
         grad[i * F::kOut + j] = g ? g : a.conv.zeros;
       }
   }

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "conv.h"
 
 namespace mnp::ops {
@@ -10,8 +12,12 @@ bool both(const int64_t* values, int64_t value) { return values[0] == value && v
 // Images of results and the channels that are summed over.
 struct Work {
   int64_t n, rows, cols, depth;
+  const int64_t* dilation;
   int64_t tiles(int64_t edge) const {
-    return n * ((rows + edge - 1) / edge) * ((cols + edge - 1) / edge);
+    const auto along = [&](int64_t size, int64_t step) {
+      return ((size + step - 1) / step + edge - 1) / edge * std::min(step, size);
+    };
+    return n * along(rows, dilation[0]) * along(cols, dilation[1]);
   }
 };
 
@@ -33,7 +39,7 @@ Algorithm fastest(const Conv& conv, Result result) {
   const bool backward = result == Result::input_grad, by_two = conv.stride[0] == 2;
   if (is_narrow(conv) || (conv.groups > 1 && by_two)) return Algorithm::direct;
   const Work work{conv.n, backward ? conv.h : conv.oh, backward ? conv.w : conv.ow,
-                  backward ? conv.group_out() : conv.group_in()};
+                  backward ? conv.group_out() : conv.group_in(), conv.dilation};
   if (conv.kh == 5) {
     // Where it takes clearly less than the direct kernels, and torch's.
     const bool gains = work.tiles(2) >= kFewestTiles && cost(work, 2, 36, 1.2, 20) < 0.9 * 25;
@@ -93,16 +99,16 @@ Algorithm choose_algorithm(const char* op, const Conv& conv, const std::string& 
   const bool backward = result == Result::input_grad;
   MNP_CHECK(name == "auto" || name == "direct" || name == "winograd2" || name == "winograd4", op,
             ": algorithm must be 'auto', 'direct', 'winograd2' or 'winograd4', not '", name, "'");
-  const bool by_two = both(conv.stride, 2);
-  const bool five = conv.kh == 5 && conv.kw == 5 && both(conv.stride, 1) && name != "winograd2";
-  const bool three =
-      conv.kh == 3 && conv.kw == 3 && (both(conv.stride, 1) || (by_two && name != "winograd2"));
-  const bool possible = (three || five) && both(conv.dilation, 1);
+  const bool by_one = both(conv.stride, 1), by_two = both(conv.stride, 2);
+  const bool five = conv.kh == 5 && conv.kw == 5 && by_one && name != "winograd2";
+  const bool with_two = by_two && both(conv.dilation, 1) && name != "winograd2";
+  const bool three = conv.kh == 3 && conv.kw == 3 && (by_one || with_two);
+  const bool possible = three || five;
   MNP_CHECK(possible || name == "auto" || name == "direct", op, ": algorithm '", name,
             "' needs a 3x3 kernel with stride 1",
-            name == "winograd4" ? " or 2, or a 5x5 one with stride 1" : "",
-            ", and dilation 1, not ", conv.kh, "x", conv.kw, ", stride ", conv.stride[0], "x",
-            conv.stride[1], " and dilation ", conv.dilation[0], "x", conv.dilation[1]);
+            name == "winograd4" ? ", or 2 and dilation 1, or a 5x5 one with stride 1" : "",
+            ", not ", conv.kh, "x", conv.kw, ", stride ", conv.stride[0], "x", conv.stride[1],
+            " and dilation ", conv.dilation[0], "x", conv.dilation[1]);
   const bool plain = name == "auto" || name == "direct";
   if (plain && backward && is_image(conv, type)) return Algorithm::image;
   // With stride 2, only odd paddings have gradients of the input by Winograd.

@@ -23,6 +23,7 @@ cpu::Winograd<T> problem(const Conv& conv, const T* x) {
   a.batch = conv.n, a.in_h = conv.h, a.in_w = conv.w, a.in_stride = conv.c;
   a.in_depth = a.depth = conv.group_in();
   a.padding_h = conv.padding[0], a.padding_w = conv.padding[1];
+  a.dilation_h = conv.dilation[0], a.dilation_w = conv.dilation[1];
   a.out_h = conv.oh, a.out_w = conv.ow, a.out_stride = conv.k, a.width = conv.group_out();
   return a;
 }
@@ -165,9 +166,11 @@ void winograd_input_grad(const Conv& conv, Algorithm algorithm, const Tensor& we
   a.batch = conv.n, a.in_h = conv.oh, a.in_w = conv.ow, a.in_stride = g_stride;
   a.in_depth = a.depth = conv.group_out();
   const auto before = [&](int i) {
-    return conv.stride[i] == 1 ? conv.kh - 1 - conv.padding[i] : (1 - conv.padding[i]) / 2;
+    return conv.stride[i] == 1 ? conv.dilation[i] * (conv.kh - 1) - conv.padding[i]
+                               : (1 - conv.padding[i]) / 2;
   };
   a.padding_h = before(0), a.padding_w = before(1);
+  a.dilation_h = conv.dilation[0], a.dilation_w = conv.dilation[1];
   a.output = dx;
   a.out_h = conv.h, a.out_w = conv.w, a.out_stride = conv.c, a.width = conv.group_in();
   a.epilogue = &epilogue;

@@ -37,8 +37,9 @@ def allows(layer: torch.nn.Conv2d, algorithm: str) -> bool:
         computed |= {(3, (2, 2)), (5, (1, 1))}
     size, other = layer.kernel_size
     channels = min(layer.in_channels, layer.out_channels) // layer.groups
-    dense = tuple(layer.dilation) == (1, 1) and (layer.groups == 1 or channels >= NARROW)
-    return dense and size == other and (size, tuple(layer.stride)) in computed
+    stride, is_wide = tuple(layer.stride), layer.groups == 1 or channels >= NARROW
+    is_plain = stride == (1, 1) or tuple(layer.dilation) == (1, 1)
+    return is_wide and is_plain and size == other and (size, stride) in computed
 
 
 def masked_conv2d(
@@ -88,9 +89,10 @@ def masked_conv2d(
     activation
         `"none"` or `"relu"`.
     algorithm
-        `"direct"`, or on the CPU for dilation 1 `"winograd4"` (Winograd's F(4×4, 3×3), stride 1 or
-        2, or F(2×2, 5×5), stride 1; several times faster, but not for groups of few channels) or
-        `"winograd2"` (F(2×2, 3×3), stride 1, slower than that and as exact as the direct one).
+        `"direct"`, or on the CPU `"winograd4"` (Winograd's F(4×4, 3×3), stride 1, or 2 with
+        dilation 1, or F(2×2, 5×5), stride 1; several times faster, but not for groups of few
+        channels) or `"winograd2"` (F(2×2, 3×3), stride 1, slower than that and as exact as the
+        direct one).
         Relative errors in float32 are below 1e-5 for `"winograd4"` and 1e-6 for the others; in
         Winograd's an infinity becomes a NaN and reaches the outputs of its tile, or of weight
         gradients the filter's nine taps of a channel. Gradients of input and weight are computed by

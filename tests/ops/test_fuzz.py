@@ -114,6 +114,8 @@ def draw_conv(draw: random.Random, algorithm: str) -> Conv:
     stride, dilation = ((1, 1), (1, 1)) if winograd else (pair(1, 3), pair(1, 3))
     if algorithm == "winograd4":
         kernel, stride = draw.choice([((3, 3), (1, 1)), ((3, 3), (2, 2)), ((5, 5), (1, 1))])
+    if winograd and stride == (1, 1) and draw.random() < 0.3:
+        dilation = pair(1, 3)
     kinds = ["dense", "dense", "grouped", "narrow", "depthwise", "depthwise square", "blocks"]
     kind = draw.choice(kinds[:4] if winograd else kinds)
     if kind == "depthwise square":

@@ -47,6 +47,12 @@ SHAPES = {
     "groups, many blocks": Conv(7, 32, 21, 13, 48, groups=2),
     "groups, more neurons than tiles": Conv(1, 80, 5, 5, 260, groups=2),
     "narrow groups": Conv(2, 32, 6, 5, 48, groups=16),
+    "dilated": Conv(2, 17, 11, 10, 20, padding=(2, 3), dilation=(2, 3)),
+    "dilated beyond the image": Conv(2, 5, 4, 9, 6, padding=(6, 1), dilation=(6, 1)),
+    "dilated, in groups, many blocks": Conv(
+        5, 48, 19, 13, 30, padding=(0, 2), dilation=(1, 2), groups=2
+    ),
+    "dilated, more neurons than tiles": Conv(1, 40, 7, 8, 300, padding=(2, 2), dilation=(2, 2)),
     "no samples": Conv(0, 3, 5, 5, 4),
 }
 STRIDE_2 = {
@@ -78,6 +84,7 @@ FIVE = {
         ("more neurons than tiles", Conv(1, 40, 5, 5, 130), (2, 2)),
         ("many blocks", Conv(7, 70, 11, 13, 50), (2, 2)),
         ("groups", Conv(3, 51, 7, 9, 60, groups=3), (2, 2)),
+        ("dilated", Conv(2, 17, 13, 12, 20, dilation=(3, 2)), (4, 4)),
         ("no samples", Conv(0, 3, 5, 5, 4), (2, 2)),
     )
 }
@@ -346,7 +353,7 @@ def test_auto_follows_shape_and_dtype():
 @pytest.mark.parametrize(
     ("algorithm", "name"),
     [
-        *((a, n) for a in ("winograd2", "winograd4") for n in ("1x1", "dilated")),
+        *((a, n) for a in ("winograd2", "winograd4") for n in ("1x1", "dilated, stride 2")),
         ("winograd2", "stride2"),
         ("winograd2", "5x5"),
         ("winograd4", "5x5 stride 2"),
@@ -357,6 +364,7 @@ def test_auto_follows_shape_and_dtype():
 def test_shapes_it_cannot_compute_are_refused(name, algorithm):
     conv = {
         **CONVS,
+        "dilated, stride 2": Conv(1, 3, 9, 9, 4, stride=(2, 2), dilation=(2, 2)),
         "stride 3": Conv(1, 3, 7, 7, 4, stride=(3, 3)),
         "stride 1x2": Conv(1, 3, 7, 7, 4, stride=(1, 2)),
         "5x5": Conv(1, 3, 7, 7, 4, kernel=(5, 5)),
