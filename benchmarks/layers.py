@@ -33,13 +33,15 @@ class Shape:
     kernel: int = 3
     stride: int = 1
     groups: int = 1
+    dilation: int = 1
 
     @property
     def padding(self) -> int:
-        return self.kernel // 2
+        return self.kernel // 2 * self.dilation
 
     def __str__(self) -> str:
         kind = f"{self.kernel}x{self.kernel}" + (f" stride {self.stride}" * (self.stride > 1))
+        kind += f" dilation {self.dilation}" * (self.dilation > 1)
         if self.groups > 1:
             kind += " depthwise" if self.groups == self.channels else f" in {self.groups} groups"
         return f"{kind}, {self.channels} to {self.neurons}, {self.size}x{self.size}"
@@ -67,10 +69,12 @@ OTHERS = (
     Shape(256, 64, 32, kernel=1),
     Shape(64, 256, 32, kernel=1),
     Shape(64, 64, 16, kernel=5),
+    Shape(64, 64, 32, dilation=2),
     Shape(64, 64, 32, groups=16),
     Shape(128, 128, 32, groups=32),
     Shape(256, 256, 16, groups=32),
     Shape(512, 512, 8, groups=32),
+    Shape(256, 256, 16, stride=2, groups=32),
     Shape(128, 128, 32, groups=128),
     Shape(256, 256, 16, stride=2, groups=256),
     Shape(240, 240, 28, kernel=5, groups=240),
@@ -116,10 +120,11 @@ class Layer:
         self.mask = self.random(shape.neurons).sigmoid()
         self.scale = self.random(shape.neurons).exp()
         self.shift, self.bias = self.random(shape.neurons), self.random(shape.neurons)
-        self.geometry = (shape.stride,) * 2, (shape.padding,) * 2, (1, 1)
+        self.geometry = (shape.stride,) * 2, (shape.padding,) * 2, (shape.dilation,) * 2
         self.options: dict[str, Any] = {
             "stride": shape.stride,
             "padding": shape.padding,
+            "dilation": shape.dilation,
             "groups": shape.groups,
         }
         self.grad = self.random(*output_size(self.x.shape, self.weight.shape, *self.geometry))

@@ -3,10 +3,16 @@
 // instruction set; see isa.inl.
 #pragma once
 
+// Where pixels next to each other in a row are written.
+struct RowPlaces {
+  int64_t sample, first, next;
+  Place operator[](int64_t i) const { return {sample, first + i * next}; }
+};
+
 // R pixels times a panel of V vectors.
 template <class T, int V, int R>
 [[gnu::noinline]] void rows_tile(const Direct<T>& a, const T* from, const T* panel,
-                                 const Place* places, int64_t first, int64_t used) {
+                                 const RowPlaces& places, int64_t first, int64_t used) {
   constexpr int L = VecOf<T>::lanes;
   // Unrolled before anything else, these loops over the tile leave it in registers.
   Vec<T> acc[R][V];
@@ -16,8 +22,7 @@ template <class T, int V, int R>
     for (int v = 0; v < V; ++v) acc[i][v] = Vec<T>{};
   // What the next tile writes and, with stride 1, reads.
 #pragma GCC unroll 16
-  for (int i = 0; i < R; ++i)
-    prefetch_outputs<V * L>(a, places[i].element + R * a.out_step_w * a.out_stride + first);
+  for (int i = 0; i < R; ++i) prefetch_outputs<V * L>(a, places[R + i].element + first);
   const int64_t row = a.in_w * a.in_stride, step = a.step_w * a.in_stride, depth = a.depth;
   const T* const next = from + R * step;
   for (int64_t q = 0; q < a.taps; ++q) {
@@ -47,7 +52,7 @@ template <class T, int V, int R>
 
 template <class T, int V, int R = kRows>
 inline void rows_of(int64_t count, const Direct<T>& a, const T* from, const T* panel,
-                    const Place* places, int64_t first, int64_t used) {
+                    const RowPlaces& places, int64_t first, int64_t used) {
   if constexpr (R > 0) {
     if (count == R)
       rows_tile<T, V, R>(a, from, panel, places, first, used);
@@ -62,28 +67,32 @@ template <class T>
 void direct_rows(const Direct<T>& a, int64_t begin, int64_t end) {
   const Panels<T> shape{a.width};
   const int64_t total = a.taps * a.depth, step = a.step_w * a.in_stride;
-  Place places[kRows];
+  const int64_t next = a.out_step_w * a.out_stride, size = sizeof(T);
+  // Tiles that a panel passes over before the next one does: one, so that the output is written
+  // front to back, unless all panels do not stay in the second cache.
+  const bool stay = shape.padded() * total * size <= a.l2 / 2;
+  const int64_t together = stay ? 1 : max<int64_t>(1, a.l2 / 2 / (kRows * step * size));
   while (begin < end) {
     const GridPixel at(begin, a.rows, a.cols);
     const int64_t left = min(a.cols - at.j, end - begin), tiles = (left + kRows - 1) / kRows;
     const int64_t row = (at.n * a.in_h + at.i * a.step_h) * a.in_w;
     const T* from = a.input + row * a.in_stride + at.j * step;
     const int64_t out_row = (at.n * a.out_h + a.out_origin_h + at.i * a.out_step_h) * a.out_w;
-    const int64_t out = out_row + a.out_origin_w + at.j * a.out_step_w;
-    // Tiles of nearly equal height: a short last one could not hide the latency.
-    for (int64_t t = 0, s = 0, stop; t < tiles; ++t, s = stop) {
-      stop = (t + 1) * left / tiles;
-      for (int64_t i = s; i < stop; ++i)
-        places[i - s] = {at.n, (out + i * a.out_step_w) * a.out_stride};
+    const int64_t out = (out_row + a.out_origin_w + at.j * a.out_step_w) * a.out_stride;
+    for (int64_t block = 0; block < tiles; block += together)
       for (int64_t p = 0; p < shape.count(); ++p) {
         const T* panel = a.panels + p * shape.kWide * total;
         const int64_t first = p * shape.kWide, used = shape.used(p);
-        if (shape.lanes(p) == shape.kWide)
-          rows_of<T, 2>(stop - s, a, from + s * step, panel, places, first, used);
-        else
-          rows_of<T, 1>(stop - s, a, from + s * step, panel, places, first, used);
+        for (int64_t t = block; t < min(tiles, block + together); ++t) {
+          // Of nearly equal height: a short last one could not hide the latency.
+          const int64_t s = t * left / tiles, count = (t + 1) * left / tiles - s;
+          const RowPlaces places{at.n, out + s * next, next};
+          if (shape.lanes(p) == shape.kWide)
+            rows_of<T, 2>(count, a, from + s * step, panel, places, first, used);
+          else
+            rows_of<T, 1>(count, a, from + s * step, panel, places, first, used);
+        }
       }
-    }
     begin += left;
   }
 }

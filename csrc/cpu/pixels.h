@@ -205,8 +205,8 @@ inline void prefetch_outputs(const Direct<T>& a, int64_t element) {
 
 // Neurons [first, first + used) of R pixels, whose u is given.
 // Inlined, so that they never leave their registers.
-template <class T, int R, int V>
-[[gnu::always_inline]] inline void write_tile(const Direct<T>& a, const Place* places,
+template <class T, class Places, int R, int V>
+[[gnu::always_inline]] inline void write_tile(const Direct<T>& a, const Places& places,
                                               int64_t first, int64_t used, Vec<T> (&u)[R][V]) {
   constexpr int L = VecOf<T>::lanes;
   const Epilogue<T>& e = *a.epilogue;

@@ -156,9 +156,10 @@ void run(cpu::Direct<T>& a, const Conv& conv, const cpu::PackPanels<T>& weights,
                             w.stride_d};
   kind.insert(kind.end(), weights.place, weights.place + w.taps);
   const auto kept = kept_weights<T>(w.data, kind, size, pack_all);
-  // Each tile reads all panels. Whatever the batch: it decides about the rounding.
-  const bool in_rows = equal_distances && a.taps * a.depth <= cpu::kLongestSum &&
-                       size * int64_t(sizeof(T)) <= a.l2 / 2;
+  // Weights that do not stay in the second cache are read for each row of pixels, if it is not the
+  // whole image. Whatever the batch: it decides about the rounding.
+  const bool stay = a.in_h == 1 || size * int64_t(sizeof(T)) <= a.l2 / 2;
+  const bool in_rows = equal_distances && a.taps * a.depth <= cpu::kLongestSum && stay;
   if (conv.groups == 1 && pixels <= a.width)
     return run_by_panels(a, weights, pixels, kept.get(), in_rows);
   // Each thread packs few weights for itself: that takes less time than to get them from another.
