@@ -156,14 +156,17 @@ void run(cpu::Direct<T>& a, const Conv& conv, const cpu::PackPanels<T>& weights,
                             w.stride_d};
   kind.insert(kind.end(), weights.place, weights.place + w.taps);
   const auto kept = kept_weights<T>(w.data, kind, size, pack_all);
-  // Weights that do not stay in the second cache are read for each row of pixels, if it is not the
-  // whole image. Whatever the batch: it decides about the rounding.
-  const bool stay = a.in_h == 1 || size * int64_t(sizeof(T)) <= a.l2 / 2;
-  const bool in_rows = equal_distances && a.taps * a.depth <= cpu::kLongestSum && stay;
+  // In rows that are as high as the other kernel's tiles. Each would read weights anew that do not
+  // stay in the second cache, unless it is a whole image. Whatever the batch: it decides about the
+  // rounding.
+  const bool few = size * int64_t(sizeof(T)) <= a.l2 / 2;
+  const bool in_rows = equal_distances && a.taps * a.depth <= cpu::kLongestSum && a.cols >= 8 &&
+                       (few || a.in_h == 1);
   if (conv.groups == 1 && pixels <= a.width)
     return run_by_panels(a, weights, pixels, kept.get(), in_rows);
-  // Each thread packs few weights for itself: that takes less time than to get them from another.
-  const bool each = !kept && size * int64_t(sizeof(T)) <= a.l2 / 2;
+  // Each thread packs few weights for itself, if it has much to do with them: that takes less time
+  // than to get them from another.
+  const bool each = !kept && few && pixels >= 32 * torch::stable::get_num_threads();
   const auto shared = buffer<T>(kept || each ? 0 : size);
   if (!kept && !each) pack_all(shared.get());
   a.panels = kept ? kept.get() : shared.get();
