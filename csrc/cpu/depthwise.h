@@ -120,19 +120,13 @@ inline void depthwise_channels(const Direct<T>& a, const GridTaps& taps,
 template <class T, int K, int Step>
 void depthwise_pixels(const Direct<T>& a, const GridTaps& taps, int64_t begin, int64_t end) {
   constexpr int R = kRows > 6 ? 4 : 2;  // as many as fit the registers
-  while (begin < end) {
-    const GridPixel at(begin, a.rows, a.cols);
-    const int64_t left = end - begin, most = min(R, a.rows - at.i);
-    const int64_t rows = at.j > 0 ? 0 : min(most, left / a.cols);
-    if (rows > 1) {
-      depthwise_channels<T, K, Step, R>(a, taps, {at, a.cols, rows});
-      begin += rows * a.cols;
-    } else {
-      const int64_t stop = min(a.cols, at.j + left);
-      depthwise_channels<T, K, Step, 1>(a, taps, {at, stop, 1});
-      begin += stop - at.j;
-    }
-  }
+  each_rows(a, begin, end, R, [&](const GridPixel& at, int64_t rows, int64_t cols) {
+    const DepthwisePixels pixels{at, at.j + cols, rows};
+    if (rows > 1)
+      depthwise_channels<T, K, Step, R>(a, taps, pixels);
+    else
+      depthwise_channels<T, K, Step, 1>(a, taps, pixels);
+  });
 }
 
 template <class T, int K>

@@ -223,17 +223,11 @@ void grouped_strip(const Direct<T>& a, const GridTaps& taps, const GridPixel& at
 template <class T, class K, int W = 0>
 void grouped_pixels(const Direct<T>& a, const GridTaps& taps, int64_t begin, int64_t end,
                     T* memory) {
-  const int64_t most_cols = strip_columns<K>(a);
-  while (begin < end) {
-    const GridPixel at(begin, a.rows, a.cols);
-    const int64_t left = end - begin;
-    // Whole rows if there are such, else what is there of one.
-    const int64_t whole = at.j > 0 ? 0 : min(min(kBlockRows, a.rows - at.i), left / a.cols);
-    const int64_t rows = max<int64_t>(1, whole), stop = whole ? a.cols : min(a.cols, at.j + left);
-    for (GridPixel part = at; part.j < stop; part.j += most_cols)
-      grouped_strip<T, K, W>(a, taps, part, rows, min(most_cols, stop - part.j), memory);
-    begin += whole ? rows * a.cols : stop - at.j;
-  }
+  const int64_t most = strip_columns<K>(a);
+  each_rows(a, begin, end, kBlockRows, [&](GridPixel at, int64_t rows, int64_t cols) {
+    for (; cols > 0; at.j += most, cols -= most)
+      grouped_strip<T, K, W>(a, taps, at, rows, min(most, cols), memory);
+  });
 }
 
 template <class T, class K, int W = 2>

@@ -64,6 +64,20 @@ inline GridTaps grid_taps(const int64_t* tap_h, const int64_t* tap_w, int64_t ta
           min(tap_w[0], tap_w[taps - 1])};
 }
 
+// Pixels [begin, end) in rows of the grid, as use(first pixel, rows, columns): up to `most` whole
+// rows of a sample below each other, or what is there of one.
+template <class T, class Use>
+inline void each_rows(const Direct<T>& a, int64_t begin, int64_t end, int64_t most, Use use) {
+  while (begin < end) {
+    const GridPixel at(begin, a.rows, a.cols);
+    const int64_t left = end - begin;
+    const int64_t whole = at.j > 0 ? 0 : min(min(most, a.rows - at.i), left / a.cols);
+    const int64_t rows = max<int64_t>(1, whole), cols = min(a.cols - at.j, left);
+    use(at, rows, cols);
+    begin += rows * cols;
+  }
+}
+
 // The taps that read inside the image, a bit each; those beyond the last bit share it.
 typedef uint64_t TapBits;
 

@@ -46,6 +46,7 @@ SHAPES = {
     "groups": Conv(3, 51, 7, 9, 60, groups=3),
     "groups, many blocks": Conv(7, 32, 21, 13, 48, groups=2),
     "groups, more neurons than tiles": Conv(1, 80, 5, 5, 260, groups=2),
+    "groups, more than are transformed together": Conv(2, 150, 7, 9, 60, groups=10),
     "narrow groups": Conv(2, 32, 6, 5, 48, groups=16),
     "dilated": Conv(2, 17, 11, 10, 20, padding=(2, 3), dilation=(2, 3)),
     "dilated beyond the image": Conv(2, 5, 4, 9, 6, padding=(6, 1), dilation=(6, 1)),
