@@ -48,23 +48,15 @@ template <class T, bool Transposed, int R, int V>
   const T* base[(R + 2) / 3];
 #pragma GCC unroll 16
   for (int i = 0; i < R; i += 3) base[i / 3] = rows.data + (Transposed ? i : i * rows.stride);
-  constexpr int64_t kLine = 64 / sizeof(T);
-  const T* ahead = rows.data + 2 * kLine;
-#pragma GCC unroll 4
-  for (int64_t d = 0; d < depth; ++d) {
+  // What the product reads some elements later, of the panel and of the next one, which lies behind
+  // it: the processor does not see beyond its page.
+  constexpr int kAhead = 16;
+  const auto step = [&] {
     Vec<T> b[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) b[v] = load<T>(panel + v * L);
-    // The next panel, which lies behind this one.
-    for (int v = 0; v < V * L * int(sizeof(T)); v += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(panel + depth * V * L) + v, 0, 2);
+    prefetch<V * L>(panel + kAhead * V * L, false);
     panel += V * L;
-    if constexpr (!Transposed) {
-      // A line of each row in turn, two lines ahead.
-      __builtin_prefetch(ahead);
-      ahead += rows.stride;
-      if (d % kLine == kLine - 1) ahead += kLine - kLine * rows.stride;
-    }
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
       const T x = base[i / 3][Transposed ? i % 3 : i % 3 * rows.stride];
@@ -73,7 +65,22 @@ template <class T, bool Transposed, int R, int V>
     }
 #pragma GCC unroll 16
     for (int i = 0; i < R; i += 3) base[i / 3] += Transposed ? rows.stride : 1;
+  };
+  constexpr int64_t kLine = 64 / sizeof(T), kSteps = 4, kEach = (R * kSteps + kLine - 1) / kLine;
+  const T* ahead = rows.data + 2 * kLine;
+  int64_t d = 0;
+  for (; d + kSteps <= depth; d += kSteps) {
+    if constexpr (!Transposed) {
+      // A line of some of the rows in turn, two lines ahead.
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kEach; ++i) __builtin_prefetch(ahead + i * rows.stride);
+      ahead += kEach * rows.stride;
+      if (d % kLine == kLine - kSteps) ahead += kLine - kLine / kSteps * kEach * rows.stride;
+    }
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kSteps; ++i) step();
   }
+  for (; d < depth; ++d) step();
   // Sums of parts have smaller rounding errors than one long sum.
   if (accumulate)
 #pragma GCC unroll 16
