@@ -55,12 +55,12 @@ int64_t winograd_product_size(int64_t tiles) {
   return kPositions<F> * product_position<typename F::T>(tiles);
 }
 
-// Inputs of a block of tiles take about half of the second cache; with fewer tiles than these the
-// weights would be read too often.
+// Inputs of a block of tiles take about a quarter of the second cache; with fewer tiles than these
+// the weights would be read too often.
 template <class F>
 int64_t winograd_block(int64_t depth, int64_t l2) {
   using T = typename F::T;
-  const int64_t budget = l2 / 2 / (kPositions<F> * depth * static_cast<int64_t>(sizeof(T)));
+  const int64_t budget = l2 / 4 / (kPositions<F> * depth * static_cast<int64_t>(sizeof(T)));
   const int64_t rows = kRows * ((24 + kRows - 1) / kRows);
   return max(rows, min(4 * rows, budget / rows * rows));
 }
@@ -123,6 +123,7 @@ struct TileAxis {
   int64_t count() const { return per_image * min(dilation, size); }
   // The tile's first output, and how many it has.
   int64_t first(int64_t tile) const {
+    if (dilation == 1) return tile * F::kOut;
     return tile / per_image + tile % per_image * F::kOut * dilation;
   }
   int64_t outputs(int64_t first) const {
@@ -134,12 +135,22 @@ struct TileAxis {
 template <class F, class T = typename F::T>
 struct TileAt {
   TileAxis<F> rows, cols;
-  int64_t n, h, w;
+  int64_t n, row, col, h, w;
   TileAt(const Winograd<T>& a, int64_t tile)
       : rows(a.out_h, a.dilation_h), cols(a.out_w, a.dilation_w) {
-    n = tile / (rows.count() * cols.count());
-    h = rows.first(tile / cols.count() % rows.count());
-    w = cols.first(tile % cols.count());
+    col = tile % cols.count(), tile /= cols.count();
+    row = tile % rows.count(), n = tile / rows.count();
+    h = rows.first(row), w = cols.first(col);
+  }
+  TileAt next() const {
+    TileAt at = *this;
+    if (++at.col == cols.count()) {
+      at.col = 0;
+      if (++at.row == rows.count()) at.row = 0, ++at.n;
+      at.h = rows.first(at.row);
+    }
+    at.w = cols.first(at.col);
+    return at;
   }
 };
 
@@ -149,13 +160,17 @@ int64_t winograd_tiles(const Winograd<T>& a) {
          TileAxis<F>(a.out_w, a.dilation_w).count();
 }
 
-// One vector of channels, or the last `count` of them, of a tile whose pixels are given.
+// One vector of channels, or the last `count` of them, of a tile whose pixels are given; those of
+// the next tile lie `ahead` elements behind them.
 template <class F, bool Whole, class T = typename F::T>
-inline void input_lane(const T* const* pixel, int64_t c, int64_t count, T* out, int64_t position) {
+inline void input_lane(const T* const* pixel, int64_t ahead, int64_t c, int64_t count, T* out,
+                       int64_t position) {
+  constexpr int64_t kKnown = F::kIn - F::first_input(F::kOut);  // columns that both tiles read
   Vec<T> d[F::kIn], half[F::kPoints * F::kIn], whole[F::kPoints];
   for (int64_t j = 0; j < F::kIn; ++j) {
     for (int64_t i = 0; i < F::kIn; ++i) {
       const T* x = pixel[i * F::kIn + j] + c;
+      if (j >= kKnown) __builtin_prefetch(x + ahead);
       d[i] = Whole ? load<T>(x) : load_some<T>(x, count);
     }
     F::input(d, half + j, F::kIn);
@@ -169,8 +184,7 @@ inline void input_lane(const T* const* pixel, int64_t c, int64_t count, T* out, 
 
 // The pixels under a tile.
 template <class F, class T = typename F::T>
-inline void tile_pixels(const Winograd<T>& a, int64_t tile, const T** pixel) {
-  const TileAt<F> at(a, tile);
+inline void tile_pixels(const Winograd<T>& a, const TileAt<F>& at, const T** pixel) {
   const int64_t h = F::first_input(at.h) - a.padding_h, w = F::first_input(at.w) - a.padding_w;
   int64_t column[F::kIn];  // or -1 where it is outside
   for (int64_t j = 0, x = w; j < F::kIn; ++j, x += a.dilation_w)
@@ -184,33 +198,39 @@ inline void tile_pixels(const Winograd<T>& a, int64_t tile, const T** pixel) {
   }
 }
 
-// Asks for channel c of those pixels under a tile that the one to its left does not read.
-template <class F, class T = typename F::T>
-inline void prefetch_tile(const T* const* pixel, int64_t c) {
-  for (int64_t i = 0; i < F::kIn; ++i)
-    for (int64_t j = F::kIn - F::first_input(F::kOut); j < F::kIn; ++j)
-      __builtin_prefetch(pixel[i * F::kIn + j] + c);
+// Pixels of outputs from a tile to another one.
+template <class F>
+inline int64_t outputs_between(const Winograd<typename F::T>& a, const TileAt<F>& at,
+                               const TileAt<F>& other) {
+  return ((other.n - at.n) * a.out_h + other.h - at.h) * a.out_w + other.w - at.w;
+}
+
+// Pixels of inputs from a tile to another one.
+template <class F>
+inline int64_t inputs_between(const Winograd<typename F::T>& a, const TileAt<F>& at,
+                              const TileAt<F>& other) {
+  const int64_t h = F::first_input(other.h) - F::first_input(at.h);
+  const int64_t w = F::first_input(other.w) - F::first_input(at.w);
+  return ((other.n - at.n) * a.in_h + h) * a.in_w + w;
 }
 
 // Inputs of tiles [begin, end), written from row `row` on of a buffer of `tiles` rows a position.
 template <class F, class T = typename F::T>
 void winograd_input(const Winograd<T>& a, int64_t begin, int64_t end, T* inputs, int64_t row,
                     int64_t tiles) {
-  constexpr int64_t L = VecOf<T>::lanes, kLine = 64 / sizeof(T);
+  constexpr int64_t L = VecOf<T>::lanes;
   const int64_t stride = skewed<T>(a.in_depth), position = input_position<T>(a.in_depth, tiles);
-  const T* pixels[2][F::kIn * F::kIn];
-  tile_pixels<F>(a, begin, pixels[0]);
+  const T* pixel[F::kIn * F::kIn];
+  TileAt<F> at(a, begin);
   for (int64_t tile = begin; tile < end; ++tile) {
-    const T* const* pixel = pixels[(tile - begin) % 2];
-    const T** next = pixels[(tile - begin + 1) % 2];
-    tile_pixels<F>(a, min(tile + 1, end - 1), next);
+    const TileAt<F> next = at.next();
+    const int64_t ahead = inputs_between(a, at, next) * a.in_stride;
+    tile_pixels(a, at, pixel);
     T* out = inputs + (row + tile - begin) * stride;
     int64_t c = 0;
-    for (; c + L <= a.in_depth; c += L) {
-      if (c % kLine == 0) prefetch_tile<F>(next, c);
-      input_lane<F, true>(pixel, c, L, out + c, position);
-    }
-    if (c < a.in_depth) input_lane<F, false>(pixel, c, a.in_depth - c, out + c, position);
+    for (; c + L <= a.in_depth; c += L) input_lane<F, true>(pixel, ahead, c, L, out + c, position);
+    if (c < a.in_depth) input_lane<F, false>(pixel, ahead, c, a.in_depth - c, out + c, position);
+    at = next;
   }
 }
 
@@ -235,14 +255,13 @@ void winograd_output(const Winograd<T>& a, int64_t begin, int64_t end, const T* 
                  shape.lanes(p), to, width);
     }
   const Epilogue<T> own = *a.epilogue;  // no store can change it
+  TileAt<F> at(a, begin);
   for (int64_t tile = begin; tile < end; ++tile) {
-    const TileAt<F> at(a, tile);
     const int64_t rows = at.rows.outputs(at.h), cols = at.cols.outputs(at.w);
     const int64_t right = a.dilation_w * a.out_stride;
-    const TileAt<F> next(a, min(tile + 1, end - 1));
+    const TileAt<F> next = at.next();
     // From the tile's pixels to those of the next one.
-    const int64_t ahead =
-        (((next.n - at.n) * a.out_h + next.h - at.h) * a.out_w + next.w - at.w) * a.out_stride;
+    const int64_t ahead = outputs_between(a, at, next) * a.out_stride;
     for (int64_t k = first * kWide; k < min(a.width, last * kWide); k += L) {
       const T* from = products + (tile - begin) * width + k - first * kWide;
       Vec<T> m[F::kPoints], half[F::kOut * F::kPoints], whole[F::kOut];
@@ -256,10 +275,10 @@ void winograd_output(const Winograd<T>& a, int64_t begin, int64_t end, const T* 
         F::output(half + i * F::kPoints, whole, 1);
         const int64_t row = at.n * a.out_h + at.h + i * a.dilation_h;
         const int64_t element = (row * a.out_w + at.w) * a.out_stride + k;
-        for (int64_t j = 0; j < cols && ahead; ++j)
-          lane.prefetch(a.output, element + j * right + ahead);
+        for (int64_t j = 0; j < cols; ++j) lane.prefetch(a.output, element + j * right + ahead);
         for (int64_t j = 0; j < cols; ++j) lane.write(a.output, element + j * right, whole[j]);
       }
     }
+    at = next;
   }
 }

@@ -41,31 +41,27 @@ WinogradWeightPlan winograd_weight_plan(const Winograd<T>& conv, int64_t l2) {
   return plan;
 }
 
-// The pixels that a tile reads.
+// The gradients that a tile reads.
 template <class F, class T = typename F::T>
-struct UnderTile {
-  const T* input[F::kIn * F::kIn];
-  const T* grad[F::kOut * F::kOut];
+inline void tile_grads(const WinogradWeightGrad<T>& a, const TileAt<F>& at, const T** grad) {
+  for (int64_t i = 0; i < F::kOut; ++i)
+    for (int64_t j = 0; j < F::kOut; ++j) {
+      const int64_t h = at.h + i * a.conv.dilation_h, w = at.w + j * a.conv.dilation_w;
+      const T* g = under_tap(a.grad, a.conv.out_h, a.conv.out_w, a.grad_stride, at.n, h, w);
+      grad[i * F::kOut + j] = g ? g : a.conv.zeros;
+    }
+}
 
-  void find(const WinogradWeightGrad<T>& a, int64_t tile) {
-    tile_pixels<F>(a.conv, tile, input);
-    const TileAt<F> at(a.conv, tile);
-    for (int64_t i = 0; i < F::kOut; ++i)
-      for (int64_t j = 0; j < F::kOut; ++j) {
-        const int64_t h = at.h + i * a.conv.dilation_h, w = at.w + j * a.conv.dilation_w;
-        const T* g = under_tap(a.grad, a.conv.out_h, a.conv.out_w, a.grad_stride, at.n, h, w);
-        grad[i * F::kOut + j] = g ? g : a.conv.zeros;
-      }
-  }
-};
-
-// One vector of neurons, or the last `count` of them, of a tile's gradients.
+// One vector of neurons, or the last `count` of them, of a tile's gradients; those of the next tile
+// lie `ahead` elements behind them.
 template <class F, bool Whole, class T = typename F::T>
-inline void grad_lane(const T* const* pixel, int64_t k, int64_t count, T* out, int64_t position) {
+inline void grad_lane(const T* const* pixel, int64_t ahead, int64_t k, int64_t count, T* out,
+                      int64_t position) {
   Vec<T> y[F::kOut], half[F::kOut * F::kPoints], column[F::kOut], whole[F::kPoints];
   for (int64_t j = 0; j < F::kOut; ++j) {
     for (int64_t i = 0; i < F::kOut; ++i) {
       const T* g = pixel[i * F::kOut + j] + k;
+      __builtin_prefetch(g + ahead);
       y[i] = Whole ? load<T>(g) : load_some<T>(g, count);
     }
     F::output_transposed(y, half + j * F::kPoints);
@@ -82,34 +78,34 @@ inline void grad_lane(const T* const* pixel, int64_t k, int64_t count, T* out, i
 template <class F, class T = typename F::T>
 void winograd_weight_tiles(const WinogradWeightGrad<T>& a, int64_t begin, int64_t end,
                            int64_t first, T* inputs, T* grads) {
-  constexpr int64_t L = VecOf<T>::lanes, kWide = Panels<T>::kWide, kLine = 64 / sizeof(T);
+  constexpr int64_t L = VecOf<T>::lanes, kWide = Panels<T>::kWide;
   const int64_t depth = a.conv.depth, width = a.conv.width, edge = a.plan.edge;
   const int64_t position = block_position(edge, a.plan.chunk), block = kPositions<F> * position;
-  UnderTile<F> under[2];
-  under[0].find(a, begin);
+  const T *input[F::kIn * F::kIn], *grad[F::kOut * F::kOut];
+  TileAt<F> at(a.conv, begin);
   for (int64_t tile = begin; tile < end; ++tile) {
-    const UnderTile<F>& here = under[(tile - begin) % 2];
-    UnderTile<F>& next = under[(tile - begin + 1) % 2];
-    next.find(a, min(tile + 1, end - 1));
+    const TileAt<F> next = at.next();
+    tile_pixels(a.conv, at, input);
+    tile_grads(a, at, grad);
+    const int64_t inputs_ahead = inputs_between(a.conv, at, next) * a.conv.in_stride;
+    const int64_t grads_ahead = outputs_between(a.conv, at, next) * a.grad_stride;
     for (int64_t c = 0; c < depth; c += L) {
-      if (c % kLine == 0) prefetch_tile<F>(next.input, c);
       const int64_t panel = c / kWide, lane = c % kWide;
       T* out = inputs + c / edge * block + (c % edge - lane) * a.plan.chunk +
                (tile - first) * Panels<T>{depth}.lanes(panel) + lane;
       if (c + L <= depth)
-        input_lane<F, true>(here.input, c, L, out, position);
+        input_lane<F, true>(input, inputs_ahead, c, L, out, position);
       else
-        input_lane<F, false>(here.input, c, depth - c, out, position);
+        input_lane<F, false>(input, inputs_ahead, c, depth - c, out, position);
     }
     for (int64_t k = 0; k < width; k += L) {
-      if (k % kLine == 0)
-        for (int64_t q = 0; q < F::kOut * F::kOut; ++q) __builtin_prefetch(next.grad[q] + k);
       T* out = grads + k / edge * block + (tile - first) * edge + k % edge;
       if (k + L <= width)
-        grad_lane<F, true>(here.grad, k, L, out, position);
+        grad_lane<F, true>(grad, grads_ahead, k, L, out, position);
       else
-        grad_lane<F, false>(here.grad, k, width - k, out, position);
+        grad_lane<F, false>(grad, grads_ahead, k, width - k, out, position);
     }
+    at = next;
   }
 }
 
