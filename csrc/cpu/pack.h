@@ -2,25 +2,38 @@
 // set; see isa.inl.
 #pragma once
 
+// Lanes of two rows, S apart, after their blocks of S by S are exchanged across the diagonal.
+// Constants in memory: compilers make vectors of such lanes one by one.
+template <class T, int S>
+struct Exchanged {
+  static constexpr int L = VecOf<T>::lanes;
+  typedef decltype(Vec<T>{} < Vec<T>{}) Index;
+  alignas(sizeof(Index)) decltype(Index{}[0] + 0) upper[L], lower[L];
+  constexpr Exchanged() : upper{}, lower{} {
+    for (int j = 0; j < L; ++j) {
+      upper[j] = j & S ? j - S + L : j;
+      lower[j] = j & S ? j + L : j + S;
+    }
+  }
+};
+
 // out[i][j] = in[j][i], in place: blocks of 1, 2, 4, ... are exchanged across the diagonal.
-template <class T>
+template <class T, int S = 1>
 inline void transpose(Vec<T>* rows) {
   constexpr int L = VecOf<T>::lanes;
-  typedef decltype(rows[0] < rows[0]) Index;
-#pragma GCC unroll 4
-  for (int s = 1; s < L; s *= 2) {
-    Index upper, lower;
-    for (int j = 0; j < L; ++j) {
-      upper[j] = j & s ? j - s + L : j;
-      lower[j] = j & s ? j + L : j + s;
-    }
+  if constexpr (S < L) {
+    static constexpr Exchanged<T, S> exchanged;
+    typedef typename Exchanged<T, S>::Index Index;
+    const Index upper = *reinterpret_cast<const Index*>(exchanged.upper);
+    const Index lower = *reinterpret_cast<const Index*>(exchanged.lower);
 #pragma GCC unroll 16
     for (int i = 0; i < L; ++i) {
-      if (i & s) continue;
-      const Vec<T> a = rows[i], b = rows[i + s];
+      if (i & S) continue;
+      const Vec<T> a = rows[i], b = rows[i + S];
       rows[i] = __builtin_shuffle(a, b, upper);
-      rows[i + s] = __builtin_shuffle(a, b, lower);
+      rows[i + S] = __builtin_shuffle(a, b, lower);
     }
+    transpose<T, 2 * S>(rows);
   }
 }
 
@@ -32,8 +45,10 @@ inline void read_columns(const T* rows, int64_t stride, int64_t used, int64_t co
   Vec<T> block[L];
   int64_t i = 0;
   for (; used == L && i + L <= columns; i += L) {
+#pragma GCC unroll 16
     for (int64_t j = 0; j < L; ++j) block[j] = load<T>(rows + j * stride + i);
     transpose<T>(block);
+#pragma GCC unroll 16
     for (int64_t j = 0; j < L; ++j) write(i + j, block[j]);
   }
   const int64_t rest = columns - i;

@@ -134,7 +134,8 @@ void run(cpu::Direct<T>& a, const Conv& conv, const cpu::PackPanels<T>& weights,
   a.groups = weights.groups, a.width = weights.width;
   a.out_stride = a.groups * a.width;
   a.l1 = cpu::caches().l1, a.l2 = cpu::caches().l2;
-  if (conv.is_pointwise() && conv.stride[0] == 1 && conv.stride[1] == 1) flatten(a);
+  const bool flat = conv.is_pointwise() && conv.stride[0] == 1 && conv.stride[1] == 1;
+  if (flat) flatten(a);
   const auto& widest = cpu::kernels_of<T>();
   const bool fills = a.groups == 1 || widest.fills_vectors(a);
   const auto& kernels = fills ? widest : cpu::kernels_of_group<T>(a.width);
@@ -162,6 +163,9 @@ void run(cpu::Direct<T>& a, const Conv& conv, const cpu::PackPanels<T>& weights,
   const bool few = size * int64_t(sizeof(T)) <= a.l2 / 2;
   const bool in_rows = equal_distances && a.taps * a.depth <= cpu::kLongestSum && a.cols >= 8 &&
                        (few || a.in_h == 1);
+  // All samples in one row, if their mask is the same.
+  if (in_rows && flat && a.epilogue->mask_stride == 0)
+    a.in_w *= conv.n, a.cols *= conv.n, a.out_w *= conv.n;
   if (conv.groups == 1 && pixels <= a.width)
     return run_by_panels(a, weights, pixels, kept.get(), in_rows);
   // Each thread packs few weights for itself, if it has much to do with them: that takes less time

@@ -123,24 +123,31 @@ void run_winograd(cpu::Winograd<T>& a, const Conv& conv, Algorithm algorithm, co
   const int64_t most = kernels.block(together * a.depth, cpu::caches().l2);
   const int64_t blocks = blocks_of(tiles, most), block = (tiles + blocks - 1) / blocks;
   const int64_t bundles = (conv.groups + together - 1) / together;
-  const auto own = buffer<T>(kept ? 0 : conv.groups * group_size);
-  if (!kept) pack_all(own.get());
-  const T* packed = kept ? kept.get() : own.get();
+  // Where there are bundles for all threads, each packs the weights of its own.
+  const bool each = !kept && bundles >= torch::stable::get_num_threads();
+  const auto shared = buffer<T>(kept || each ? 0 : conv.groups * group_size);
+  if (!kept && !each) pack_all(shared.get());
   torch::stable::parallel_for(
-      0, blocks * bundles, grain(tile_cost * block * together), [&](int64_t begin, int64_t end) {
+      0, bundles * blocks, grain(tile_cost * block * together), [&](int64_t begin, int64_t end) {
+        const auto own = buffer<T>(each ? together * group_size : 0);
         const auto inputs = buffer<T>(kernels.input_size(together * a.depth, block));
         const auto scratch = buffer<T>(kernels.product_size(block));
         for (int64_t i = begin; i < end; ++i) {
-          const int64_t b = i / bundles, first_group = i % bundles * together;
+          const int64_t b = i % blocks, first_group = i / blocks * together;
           const int64_t groups = std::min(together, conv.groups - first_group);
           const int64_t first = b * tiles / blocks, last = (b + 1) * tiles / blocks;
+          if (each && (b == 0 || i == begin))
+            for (int64_t s = 0; s < groups * sets; ++s)
+              pack(first_group * sets + s, own.get() + s * set_size);
+          const T* const all_packed = kept ? kept.get() : shared.get();
+          const T* const packed = each ? own.get() : all_packed + first_group * group_size;
           for (int64_t g = 0; g < groups; ++g) {
             Part<T> of_group(a, first_group + g);
             of_group.problem.in_depth = groups * a.depth;
             if (g == 0) kernels.input(of_group.problem, first, last, inputs.get(), 0, block);
             for (int64_t s = 0; s < sets; ++s)
               kernels.output(of_group.problem, first, last, inputs.get() + g * a.depth, 0, block, s,
-                             packed + (first_group + g) * group_size + s * set_size, scratch.get());
+                             packed + g * group_size + s * set_size, scratch.get());
           }
         }
       });
