@@ -9,8 +9,9 @@ struct RowPlaces {
   Place operator[](int64_t i) const { return {sample, first + i * next}; }
 };
 
-// R pixels times a panel of V vectors.
-template <class T, int V, int R>
+// R pixels times a panel of V vectors; in parts where sums are longer than kLongestSum, which have
+// smaller rounding errors than one long sum.
+template <class T, int V, bool InParts, int R>
 [[gnu::noinline]] void rows_tile(const Direct<T>& a, const T* from, const T* panel,
                                  const RowPlaces& places, int64_t first, int64_t used) {
   constexpr int L = VecOf<T>::lanes;
@@ -23,48 +24,68 @@ template <class T, int V, int R>
   // What the next tile writes and, with stride 1, reads.
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i) prefetch_outputs<V * L>(a, places[R + i].element + first);
-  const int64_t row = a.in_w * a.in_stride, step = a.step_w * a.in_stride, depth = a.depth;
+  const int64_t row = a.in_w * a.in_stride, step = a.step_w * a.in_stride;
   const T* const next = from + R * step;
-  for (int64_t q = 0; q < a.taps; ++q) {
-    // Three pixels a pointer: x86 addresses at base, base + step and base + 2 * step.
-    const T* base[(R + 2) / 3];
+  constexpr int kParts = InParts ? R : 1;
+  Vec<T> parts[kParts][V] = {};
+  int64_t added = 0;
+  for (int64_t q = 0; q < a.taps; ++q)
+    for (int64_t begin = 0, end; begin < a.depth; begin = end) {
+      end = InParts ? min(a.depth, begin + kLongestSum) : a.depth;
+      if constexpr (InParts) {
+        if (added + end - begin > kLongestSum) {
 #pragma GCC unroll 16
-    for (int i = 0; i < R; i += 3) base[i / 3] = from + a.tap_h[q] * row + i * step;
+          for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
-    for (int64_t d = 0; d < depth; ++d) {
-      Vec<T> b[V];
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) b[v] = load<T>(panel + v * L);
-      __builtin_prefetch(next + d * R);
-      panel += V * L;
-#pragma GCC unroll 16
-      for (int i = 0; i < R; ++i) {
-        const T x = base[i / 3][i % 3 * step];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) acc[i][v] += b[v] * x;
+            for (int v = 0; v < V; ++v) parts[i][v] += acc[i][v], acc[i][v] = Vec<T>{};
+          added = 0;
+        }
+        added += end - begin;
       }
+      // Three pixels a pointer: x86 addresses at base, base + step and base + 2 * step.
+      const T* base[(R + 2) / 3];
 #pragma GCC unroll 16
-      for (int i = 0; i < R; i += 3) ++base[i / 3];
+      for (int i = 0; i < R; i += 3) base[i / 3] = from + a.tap_h[q] * row + i * step + begin;
+#pragma GCC unroll 4
+      for (int64_t d = begin; d < end; ++d) {
+        Vec<T> b[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) b[v] = load<T>(panel + v * L);
+        __builtin_prefetch(next + d * R);
+        panel += V * L;
+#pragma GCC unroll 16
+        for (int i = 0; i < R; ++i) {
+          const T x = base[i / 3][i % 3 * step];
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) acc[i][v] += b[v] * x;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < R; i += 3) ++base[i / 3];
+      }
     }
-  }
+  if constexpr (InParts)
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[i][v] += parts[i][v];
   write_tile(a, places, first, used, acc);
 }
 
-template <class T, int V, int R = kRows>
+template <class T, int V, bool InParts, int R = kRows>
 inline void rows_of(int64_t count, const Direct<T>& a, const T* from, const T* panel,
                     const RowPlaces& places, int64_t first, int64_t used) {
   if constexpr (R > 0) {
     if (count == R)
-      rows_tile<T, V, R>(a, from, panel, places, first, used);
+      rows_tile<T, V, InParts, R>(a, from, panel, places, first, used);
     else
-      rows_of<T, V, R - 1>(count, a, from, panel, places, first, used);
+      rows_of<T, V, InParts, R - 1>(count, a, from, panel, places, first, used);
   }
 }
 
 // Grid pixels [begin, end) of one group. Every tap reads a run of `depth` elements inside the image
 // from column step_w * j on; tap_w is not read.
-template <class T>
-void direct_rows(const Direct<T>& a, int64_t begin, int64_t end) {
+template <class T, bool InParts>
+inline void rows_between(const Direct<T>& a, int64_t begin, int64_t end) {
   const Panels<T> shape{a.width};
   const int64_t total = a.taps * a.depth, step = a.step_w * a.in_stride;
   const int64_t next = a.out_step_w * a.out_stride, size = sizeof(T);
@@ -88,11 +109,19 @@ void direct_rows(const Direct<T>& a, int64_t begin, int64_t end) {
           const int64_t s = t * left / tiles, count = (t + 1) * left / tiles - s;
           const RowPlaces places{at.n, out + s * next, next};
           if (shape.lanes(p) == shape.kWide)
-            rows_of<T, 2>(count, a, from + s * step, panel, places, first, used);
+            rows_of<T, 2, InParts>(count, a, from + s * step, panel, places, first, used);
           else
-            rows_of<T, 1>(count, a, from + s * step, panel, places, first, used);
+            rows_of<T, 1, InParts>(count, a, from + s * step, panel, places, first, used);
         }
       }
     begin += left;
   }
+}
+
+template <class T>
+void direct_rows(const Direct<T>& a, int64_t begin, int64_t end) {
+  if (a.taps * a.depth <= kLongestSum)
+    rows_between<T, false>(a, begin, end);
+  else
+    rows_between<T, true>(a, begin, end);
 }

@@ -86,24 +86,26 @@ cpu::PackPanels<T> packing(const Conv& conv, const Tensor& weight, const Taps& t
   return a;
 }
 
-// Fewer pixels than neurons: each panel of weights is packed where all pixels use it, if they are
-// not `kept` packed.
+// Each thread computes all pixels of its own panels, and packs these, if they are not `kept`
+// packed: one where it is used, or, for many pixels, as many as stay in the second cache.
 template <class T>
 void run_by_panels(const cpu::Direct<T>& a, const cpu::PackPanels<T>& weights, int64_t pixels,
                    const T* kept, bool in_rows) {
   const auto& kernels = cpu::kernels_of<T>();
   cpu::PackPanels<T> one = weights;
   one.width = std::min(one.width, kernels.panel);
-  const int64_t size = kernels.panels_size(one);
+  const int64_t size = kernels.panels_size(one), bytes = size * int64_t(sizeof(T));
+  const int64_t fit = a.l2 / 4 / std::max<int64_t>(1, bytes);
+  const int64_t most = pixels <= a.width ? 1 : std::max<int64_t>(1, fit);
   torch::stable::parallel_for(
       0, kernels.panels_count(weights), grain(size * pixels), [&](int64_t begin, int64_t end) {
-        const auto own = buffer<T>(kept ? 0 : size);
-        for (int64_t p = begin; p < end; ++p) {
-          const int64_t first = p * kernels.panel;
+        const auto own = buffer<T>(kept ? 0 : size * std::min(most, end - begin));
+        for (int64_t p = begin; p < end; p += most) {
+          const int64_t count = std::min(most, end - p), first = p * kernels.panel;
           cpu::PackPanels<T> part = weights;
           part.weights.data += first * part.weights.stride_j;
-          part.width = std::min(weights.width - first, kernels.panel);
-          if (!kept) kernels.pack_panels(part, 0, 1, own.get());
+          part.width = std::min(weights.width - first, count * kernels.panel);
+          if (!kept) kernels.pack_panels(part, 0, count, own.get());
           cpu::Direct<T> b = a;
           const cpu::Epilogue<T> e = from_neuron(*a.epilogue, first);
           b.panels = kept ? kept + p * size : own.get(), b.width = part.width;
@@ -161,12 +163,12 @@ void run(cpu::Direct<T>& a, const Conv& conv, const cpu::PackPanels<T>& weights,
   // stay in the second cache, unless it is a whole image. Whatever the batch: it decides about the
   // rounding.
   const bool few = size * int64_t(sizeof(T)) <= a.l2 / 2;
-  const bool in_rows = equal_distances && a.taps * a.depth <= cpu::kLongestSum && a.cols >= 8 &&
-                       (few || a.in_h == 1);
+  const bool in_rows = equal_distances && a.cols >= 8 && (few || a.in_h == 1);
   // All samples in one row, if their mask is the same.
   if (in_rows && flat && a.epilogue->mask_stride == 0)
     a.in_w *= conv.n, a.cols *= conv.n, a.out_w *= conv.n;
-  if (conv.groups == 1 && pixels <= a.width)
+  // What one thread packs, the other ones would get slowly.
+  if (conv.groups == 1 && (pixels <= a.width || !(kept || few)))
     return run_by_panels(a, weights, pixels, kept.get(), in_rows);
   // Each thread packs few weights for itself, if it has much to do with them: that takes less time
   // than to get them from another.

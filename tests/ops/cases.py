@@ -45,6 +45,7 @@ CONVS = {
     "uneven": Conv(2, 4, 11, 8, 6, kernel=(5, 2), stride=(3, 1), padding=(0, 2), dilation=(1, 2)),
     "dilated": Conv(2, 4, 9, 9, 4, stride=(2, 3), padding=(4, 4), dilation=(2, 2)),
     "1x1": Conv(2, 9, 6, 5, 11, kernel=(1, 1), padding=(0, 0)),
+    "1x1, long sums": Conv(3, 2100, 3, 5, 35, kernel=(1, 1), padding=(0, 0)),
     "1x1 stride2": Conv(2, 5, 6, 5, 4, kernel=(1, 1), stride=(2, 2), padding=(0, 0)),
     "kernel below stride": Conv(2, 3, 8, 8, 4, kernel=(2, 2), stride=(3, 3), padding=(0, 0)),
     "grouped": Conv(2, 12, 6, 6, 9, groups=3),
@@ -66,6 +67,7 @@ CONVS = {
     "image": Conv(2, 3, 12, 11, 21, kernel=(7, 7), stride=(2, 2), padding=(3, 3)),
     "image, dilated rows": Conv(2, 2, 12, 9, 5, stride=(1, 2), padding=(2, 0), dilation=(3, 1)),
     "image, dilated columns": Conv(2, 1, 9, 14, 5, padding=(2, 3), dilation=(1, 3)),
+    "image, long sums": Conv(1, 15, 12, 13, 18, kernel=(9, 9), padding=(2, 3)),
     "image, many columns": Conv(1, 3, 3, 130, 6, kernel=(2, 7), padding=(0, 1)),
     "groups of 4": Conv(2, 24, 7, 7, 24, groups=6),
     "groups of 2, 1x1 stride 3": Conv(
