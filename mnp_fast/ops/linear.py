@@ -117,7 +117,7 @@ def _compiled(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
 def kernel_wins(x: Tensor, weight: Tensor) -> bool:
     """Whether the convolution's kernel is faster than torch's product.
 
-    As measured on two AMD processors, with AVX2 and with AVX-512.
+    As measured on processors of two vendors, with AVX2 and with AVX-512.
     """
     if not x.is_cpu or not x.dtype == weight.dtype == torch.float32 or wants_grad(weight):
         return False
