@@ -76,7 +76,7 @@ def main(
         bool, typer.Option(help="Print the suite's figures that the documentation has.")
     ] = False,
     results: Annotated[
-        Path, typer.Option(help="Where --stored finds them; in avx2 those of another machine.")
+        Path, typer.Option(help="Where --stored finds them; folders in it have other machines'.")
     ] = RESULTS,
 ) -> None:
     """Time this project beside its peers, in one process; exit with 1 where a result is wrong."""
