@@ -167,8 +167,9 @@ void run(cpu::Direct<T>& a, const Conv& conv, const cpu::PackPanels<T>& weights,
   // All samples in one row, if their mask is the same.
   if (in_rows && flat && a.epilogue->mask_stride == 0)
     a.in_w *= conv.n, a.cols *= conv.n, a.out_w *= conv.n;
-  // What one thread packs, the other ones would get slowly.
-  if (conv.groups == 1 && (pixels <= a.width || !(kept || few)))
+  // What one thread packs, the other ones would get slowly; but all are to have panels.
+  const bool by_thread = !kept && !few && panels >= 4 * torch::stable::get_num_threads();
+  if (conv.groups == 1 && (pixels <= a.width || by_thread))
     return run_by_panels(a, weights, pixels, kept.get(), in_rows);
   // Each thread packs few weights for itself, if it has much to do with them: that takes less time
   // than to get them from another.
