@@ -169,6 +169,10 @@ class Layer:
         )
         return sums, dx
 
+    def as_kept(self, image: Tensor) -> Tensor:
+        """An image as this project's forward keeps it for the backward."""
+        return image
+
     def random(self, *sizes: int) -> Tensor:
         return torch.randn(sizes, generator=self.generator)
 
@@ -244,6 +248,7 @@ class Layer:
         last = [tensor.to(memory_format=LAST) for tensor in plain]
         grad, x, packed, y, _ = last
         u = self.convolve(x, packed)
+        kept_x, kept_y, kept_u = (self.as_kept(tensor) for tensor in (x, y, u))
 
         def torch_grads(
             gain: Tensor, dy: Tensor, x: Tensor, weight: Tensor, y: Tensor, t: Tensor
@@ -253,7 +258,7 @@ class Layer:
 
         def ours(way: Way) -> Tensors:
             vectors = self.mask, self.scale, self.shift
-            sums, dx = self.masked_grads(grad, x, y, u, vectors, way)
+            sums, dx = self.masked_grads(grad, kept_x, kept_y, kept_u, vectors, way)
             return sums[1].sum(0), dx
 
         doubles = [v.double() for v in (gain, self.grad, self.x, self.weight, exact, exact_t)]
@@ -294,13 +299,16 @@ class Linear(Layer):
         y = masked_linear(x.flatten(1), way.weight.flatten(1), *vectors, activation="relu")
         return y[:, :, None, None]
 
+    def as_kept(self, image: Tensor) -> Tensor:
+        return as_image(image.flatten(1), per_sample=False)
+
     def masked_grads(
         self, grad: Tensor, x: Tensor, y: Tensor, u: Tensor, vectors: Tensors, way: Way
     ) -> tuple[Tensor, Tensor]:
-        g, rows, y, u = (as_image(t.flatten(1), per_sample=False) for t in (grad, x, y, u))
-        if kernel_wins(x.flatten(1), way.weight.flatten(1)):
-            sums, dx = super().masked_grads(g, rows, y, u, vectors, way)
-            return sums, dx.movedim(1, -1).reshape(x.shape)
+        g = self.as_kept(grad)
+        if kernel_wins(self.x.flatten(1), way.weight.flatten(1)):
+            sums, dx = super().masked_grads(g, x, y, u, vectors, way)
+            return sums, dx.movedim(1, -1).reshape(self.x.shape)
         needs = (True, False, True)
         dz, _, sums = torch.ops.mnp_fast.masked_affine_backward(g, u, y, *vectors, *needs)
-        return sums, self.input_grad(dz.movedim(1, -1).reshape(grad.shape), x, way.weight)
+        return sums, self.input_grad(dz.movedim(1, -1).reshape(grad.shape), self.x, way.weight)

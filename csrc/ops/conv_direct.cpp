@@ -163,10 +163,9 @@ void run(cpu::Direct<T>& a, const Conv& conv, const cpu::PackPanels<T>& weights,
   // stay in the second cache, unless it is a whole image. Whatever the batch: it decides about the
   // rounding.
   const bool few = size * int64_t(sizeof(T)) <= a.l2 / 2;
-  const bool in_rows = equal_distances && a.cols >= 8 && (few || a.in_h == 1);
-  // All samples in one row, if their mask is the same.
-  if (in_rows && flat && a.epilogue->mask_stride == 0)
-    a.in_w *= conv.n, a.cols *= conv.n, a.out_w *= conv.n;
+  const bool one_row = flat && a.epilogue->mask_stride == 0;  // of all samples
+  const bool in_rows = equal_distances && (one_row || a.cols >= 8) && (few || a.in_h == 1);
+  if (in_rows && one_row) a.in_w *= conv.n, a.cols *= conv.n, a.out_w *= conv.n;
   // What one thread packs, the other ones would get slowly; but all are to have panels.
   const bool by_thread = !kept && !few && panels >= 4 * torch::stable::get_num_threads();
   if (conv.groups == 1 && (pixels <= a.width || by_thread))

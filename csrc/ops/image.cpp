@@ -41,8 +41,7 @@ Tensor empty(const Ints& sizes, ScalarType type) {
   Ints strides(sizes.size(), 1);
   int64_t elements = 1;
   for (size_t i = sizes.size(); i-- > 0; elements *= sizes[i]) strides[i] = elements;
-  if (!torch_from_blob || elements == 0)
-    return torch::stable::empty({sizes.data(), sizes.size()}, type);
+  if (!torch_from_blob) return torch::stable::empty({sizes.data(), sizes.size()}, type);
   return in_kept_memory(sizes, strides, type);
 }
 

@@ -120,7 +120,8 @@ def masked_conv2d(
     return backends.choose("masked_conv2d", *arguments).run(*arguments)
 
 
-def _compiled(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+def compiled_conv2d(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    """`masked_conv2d` by the compiled kernels, of arguments in their order, none left out."""
     *_, algorithm = others
     keep_u = wants_grad(*others[:2])  # mask and scale
     arguments = (x, weight, *others[:-1], keep_u, algorithm)
@@ -131,7 +132,7 @@ def _plain(x: Tensor, *others: Any) -> Tensor:
     return reference.masked_conv2d(x, *others[:-1]).to(x.dtype)
 
 
-backends.register_compiled("masked_conv2d", _compiled, _plain)
+backends.register_compiled("masked_conv2d", compiled_conv2d, _plain)
 
 
 def pair(value: int | Sequence[int]) -> list[int]:

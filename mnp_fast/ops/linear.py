@@ -13,13 +13,14 @@ from torch.nn import functional as F
 from .. import backends
 from .._extension import _C
 from ._common import autocast, in_transform, wants_grad
-from .affine import masked_affine, plain_affine
-from .conv import masked_conv2d
+from .affine import compiled_affine, plain_affine
+from .conv import compiled_conv2d
 
 # From where the convolution's kernel is faster than torch's product: rows; or as many weights, if
 # they are packed or there are several rows and as many multiply-adds.
 FEWEST_ROWS, FEWEST_WEIGHTS, FEWEST_PRODUCTS = 1024, 2**18, 2**24
 PARTS = 16  # of the rows; threads share them in the backward
+_POINTWISE = ([1, 1], [0, 0], [1, 1], 1)  # stride, padding, dilation and groups
 
 
 def masked_linear(
@@ -64,6 +65,8 @@ def masked_linear(
     """
     output_shape(x, weight, residual)
     arguments = (x, weight, mask, scale, shift, bias, residual, activation)
+    if in_transform():
+        return _plain(*arguments)
     return backends.choose("masked_linear", *arguments).run(*arguments)
 
 
@@ -83,35 +86,33 @@ def output_shape(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[in
     return shape
 
 
-def _on_image(
-    operator: Callable[..., Tensor],
-    x: Tensor,
-    mask: Tensor | None,
-    *vectors: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-) -> Tensor:
-    """An operator on images, applied to (N, *, C)."""
-    per_sample = mask is not None and mask.dim() == 2
-    added = None if residual is None else as_image(autocast(residual), per_sample)
-    y = operator(as_image(x, per_sample), mask, *vectors, added, activation=activation)
-    return y.movedim(1, -1).reshape(*x.shape[:-1], y.shape[1])
-
-
 def _plain(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
-    *vectors, residual, activation = others
-    product = F.linear(x, weight)
-    return _on_image(plain_affine, product, *vectors, residual=residual, activation=activation)
+    return _on_image(plain_affine, F.linear(x, weight), others)
 
 
 def _compiled(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
-    *vectors, residual, activation = others
-    if kernel_wins(x, weight):
-        filters = weight[:, :, None, None]
-        image, operator = x, lambda x, *rest, **options: masked_conv2d(x, filters, *rest, **options)
-    else:
-        image, operator = F.linear(x, weight), masked_affine
-    return _on_image(operator, image, *vectors, residual=residual, activation=activation)
+    if not kernel_wins(x, weight):
+        return _on_image(compiled_affine, F.linear(x, weight), others)
+    filters = weight.reshape(*weight.shape, 1, 1)
+
+    def convolve(image: Tensor, *rest: Any) -> Tensor:
+        return compiled_conv2d(image, filters, *rest[:-1], *_POINTWISE, rest[-1], "auto")
+
+    return _on_image(convolve, x, others)
+
+
+def _on_image(operator: Callable[..., Tensor], x: Tensor, others: tuple[Any, ...]) -> Tensor:
+    """An operator on images, applied to (N, *, C)."""
+    mask, *vectors, residual, activation = others
+    per_sample = mask is not None and mask.dim() == 2
+    added = None if residual is None else autocast(residual)
+    if x.dim() == 2 and not wants_grad(x, mask, *vectors, residual):
+        # Rows are images of one pixel; no gradient will be summed over an image.
+        added = None if added is None else added[:, :, None, None]
+        return operator(x[:, :, None, None], mask, *vectors, added, activation).flatten(1)
+    added = None if added is None else as_image(added, per_sample)
+    y = operator(as_image(x, per_sample), mask, *vectors, added, activation)
+    return y.movedim(1, -1).reshape(*x.shape[:-1], y.shape[1])
 
 
 def kernel_wins(x: Tensor, weight: Tensor) -> bool:
@@ -121,7 +122,7 @@ def kernel_wins(x: Tensor, weight: Tensor) -> bool:
     """
     if not x.is_cpu or not x.dtype == weight.dtype == torch.float32 or wants_grad(weight):
         return False
-    if in_transform() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     rows = math.prod(x.shape[:-1])
     if rows >= FEWEST_ROWS and x.numel():
