@@ -45,6 +45,7 @@ CONVS = {
     "uneven": Conv(2, 4, 11, 8, 6, kernel=(5, 2), stride=(3, 1), padding=(0, 2), dilation=(1, 2)),
     "dilated": Conv(2, 4, 9, 9, 4, stride=(2, 3), padding=(4, 4), dilation=(2, 2)),
     "1x1": Conv(2, 9, 6, 5, 11, kernel=(1, 1), padding=(0, 0)),
+    "1x1, one pixel": Conv(9, 20, 1, 1, 35, kernel=(1, 1), padding=(0, 0)),
     "1x1, long sums": Conv(3, 2100, 3, 5, 35, kernel=(1, 1), padding=(0, 0)),
     "1x1 stride2": Conv(2, 5, 6, 5, 4, kernel=(1, 1), stride=(2, 2), padding=(0, 0)),
     "kernel below stride": Conv(2, 3, 8, 8, 4, kernel=(2, 2), stride=(3, 3), padding=(0, 0)),

@@ -382,6 +382,8 @@ def test_linear_matches_reference(shape, activation):
     }
     expected = reference.masked_linear(**expected_in, activation=activation).reshape(y.shape)
     assert relative_error(y, expected) <= 1e-13
+    with torch.no_grad():
+        assert torch.equal(masked_linear(**mine, activation=activation), y)
     grad = torch.randn_like(y)
     y.backward(grad)
     expected.backward(grad)
@@ -415,6 +417,8 @@ def test_much_is_computed_by_the_convolutions_kernel(shape, neurons, per_sample,
     expected = reference.masked_linear(**exact, weight=weight.double(), activation="relu")
     assert y.shape == expected.shape
     assert relative_error(y, expected) <= TOLERANCE[torch.float32]
+    with torch.no_grad():
+        assert torch.equal(masked_linear(**mine, weight=weight, activation="relu"), y)
     grad = torch.randn_like(y) * ((y > 0) == (expected > 0))
     y.backward(grad)
     expected.backward(grad.double())
