@@ -29,9 +29,9 @@ attack success rate (ASR) in percent, on 500 held-back images; the number of neu
 whether the rest was repaired; the class the defense suspects. `none` is a model without a backdoor.
 Defaults were chosen on seeds 10 to 16, with exceptions that networks of seeds 0 to 2 led to:
 `max_pruned` and `few`, `max_exposed`, `max_drop` with its standard error, `conspicuous`,
-`untargeted`, `unsure_drop`, the repair, the second look and what norms remember. Seconds with one
-thread beside other work; the networks depend on the number of threads as well. Printed by
-`python -m benchmarks.demo_results`.
+`untargeted`, `unsure_drop`, the repair, the second look, what norms remember, and the last look,
+which came in after these figures. Seconds with one thread beside other work; the networks depend on
+the number of threads and on the processor as well. Printed by `python -m benchmarks.demo_results`.
 
 | attack | seed | ACC before | ACC after | ASR before | ASR after | pruned | suspect | defense (s) |
 |---|---|---|---|---|---|---|---|---|

@@ -50,6 +50,8 @@ the standard deviation where there are several.
   MobileNetV2 and the pre-activation network), the WaNet model of the last, and BadNets at width
   64; that all classes are looked at before the one that norms remember, after the all-to-all model
   of seed 1 of VGG-13. Where there are other seeds, a table of its own is of them alone.
+- The last look, at offset and drift together, came in after these figures. It changes only what
+  ends without a conspicuous class.
 """
 USUAL = 100  # clean images
 LOOKED_AT = (0, 1, 2)  # seeds of models on which settings were chosen

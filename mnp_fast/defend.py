@@ -32,6 +32,7 @@ from .suppression import favour, favoured_classes, parts, suppress
 from .suspects import (
     can_tell,
     conspicuous_again,
+    conspicuous_by_both,
     distances,
     is_conspicuous,
     is_doubtful,
@@ -282,6 +283,8 @@ class _Defense:
             state.target = nearest
         elif is_untargeted(state.untargeted_size, state.untargeted_spread, sizes, config):
             state.target = None
+        elif (nearest := self._nearest_by_both()) is not None:
+            state.target = nearest
         else:
             return
         state.conspicuous = True
@@ -295,6 +298,15 @@ class _Defense:
         favours = self._suppress(config.suppressions + more)
         state.favours = {label: favours[label] for label in state.offset_sizes}
         return conspicuous_again(state.offset_sizes, state.favours, config)
+
+    def _nearest_by_both(self) -> int | None:
+        """The class that offsets and drift make conspicuous together."""
+        state = self.state
+        if not state.drift_favours:
+            return None
+        return conspicuous_by_both(
+            state.offset_sizes, state.favours, state.drift_favours, self.config
+        )
 
     def _fit(self, exposure: OffsetExposure | WeightExposure) -> None:
         state = self.state

@@ -68,6 +68,19 @@ def conspicuous_again(
     return nearest if found[nearest] <= config.conspicuous_again else None
 
 
+def conspicuous_by_both(
+    sizes: Mapping[int, float],
+    favours: Mapping[int, float],
+    drift_favours: Mapping[int, float],
+    config: DefenseConfig,
+) -> int | None:
+    """The class that is conspicuous if what the drift gives it counts as what suppression does."""
+    found = distances(sizes, {label: favours[label] + drift_favours[label] for label in sizes})
+    known = {label: far for label, far in found.items() if not math.isnan(far)}
+    nearest = min(known, key=known.__getitem__, default=None)
+    return nearest if nearest is not None and known[nearest] <= config.conspicuous else None
+
+
 def remembered(favours: Mapping[int, float], config: DefenseConfig) -> int | None:
     """The class that a network moved along its drift gives most, if that is much."""
     known = {label: given for label, given in favours.items() if not math.isnan(given)}

@@ -238,6 +238,16 @@ def test_a_class_that_norms_remember_is_suspect():
     assert json.loads(json.dumps(result.summary()))["drift_favours"]["0"] == favours[0]
 
 
+@pytest.mark.usefixtures("no_cut_will_do")
+@pytest.mark.parametrize("drift_weight", [1.0, 0.0])
+def test_a_class_is_suspect_by_offset_and_drift_together(drift_weight, monkeypatch):
+    monkeypatch.setattr(module, "is_conspicuous", lambda *_: False)
+    settings = {**REPAIRED, **NEVER, "conspicuous": 1.0, "drift_weight": drift_weight}
+    result = defend(backdoored(), DATA, small(**settings, repair_epochs=1))
+    assert result.target == 0
+    assert result.conspicuous == (drift_weight > 0)
+
+
 def test_what_norms_remember_is_among_few_suspects(monkeypatch):
     favours = dict.fromkeys([2, 3, 0, 1], 0.0)
     monkeypatch.setattr(module, "favoured_classes", lambda *_: favours)

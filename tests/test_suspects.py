@@ -5,6 +5,7 @@ import pytest
 from mnp_fast import DefenseConfig
 from mnp_fast.suspects import (
     conspicuous_again,
+    conspicuous_by_both,
     distances,
     is_conspicuous,
     is_doubtful,
@@ -71,6 +72,22 @@ def test_favours_count_whole_at_a_second_look(sizes, favour, doubtful, found):
     favours = {**NONE, 0: favour}
     assert is_doubtful(sizes_of(*sizes), favours, config) == doubtful
     assert conspicuous_again(sizes_of(*sizes), favours, config) == found
+
+
+@pytest.mark.parametrize(
+    ("first", "drift", "found"),
+    [
+        (0.7, 0.2, 0),
+        (0.7, 0.19, None),
+        (0.7, math.nan, None),
+        (math.inf, 1.0, None),
+        (1.0, 1.0, None),
+    ],
+)
+def test_drift_counts_as_suppression_does(first, drift, found):
+    config, favours = DefenseConfig(conspicuous=0.6), {**NONE, 0: 0.2}
+    sizes = sizes_of(first, 1, 1, 1, 1)
+    assert conspicuous_by_both(sizes, favours, {**NONE, 0: drift}, config) == found
 
 
 @pytest.mark.parametrize(
