@@ -75,13 +75,16 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def _any_requires_grad(arguments: tuple[Any, ...]) -> bool:
+    return any(isinstance(argument, Tensor) and argument.requires_grad for argument in arguments)
+
+
 def call(operator: Callable[..., Any], *arguments: Any) -> Any:
     """An operator of this library, past autograd's formula where no gradient is asked for.
 
     The formula is in Python and takes as long as a small layer.
     """
-    given = (argument for argument in arguments if isinstance(argument, Tensor))
-    if torch.compiler.is_compiling() or wants_grad(*given):
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() and _any_requires_grad(arguments):
         return operator(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*arguments)

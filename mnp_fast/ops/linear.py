@@ -93,7 +93,7 @@ def _plain(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
 def _compiled(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
     if not kernel_wins(x, weight):
         return _on_image(compiled_affine, F.linear(x, weight), others)
-    filters = weight.reshape(*weight.shape, 1, 1)
+    filters = _pixels(weight)
 
     def convolve(image: Tensor, *rest: Any) -> Tensor:
         return compiled_conv2d(image, filters, *rest[:-1], *_POINTWISE, rest[-1], "auto")
@@ -108,11 +108,16 @@ def _on_image(operator: Callable[..., Tensor], x: Tensor, others: tuple[Any, ...
     added = None if residual is None else autocast(residual)
     if x.dim() == 2 and not wants_grad(x, mask, *vectors, residual):
         # Rows are images of one pixel; no gradient will be summed over an image.
-        added = None if added is None else added[:, :, None, None]
-        return operator(x[:, :, None, None], mask, *vectors, added, activation).flatten(1)
+        added = None if added is None else _pixels(added)
+        return operator(_pixels(x), mask, *vectors, added, activation).flatten(1)
     added = None if added is None else as_image(added, per_sample)
     y = operator(as_image(x, per_sample), mask, *vectors, added, activation)
     return y.movedim(1, -1).reshape(*x.shape[:-1], y.shape[1])
+
+
+def _pixels(rows: Tensor) -> Tensor:
+    """(N, C) as images (N, C, 1, 1)."""
+    return rows.reshape(*rows.shape, 1, 1)
 
 
 def kernel_wins(x: Tensor, weight: Tensor) -> bool:
