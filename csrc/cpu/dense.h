@@ -5,10 +5,31 @@
 // Each row has a pointer of its own: more rows than these have no registers for them.
 constexpr int kPointerRows = kRows < 8 ? kRows : 8;
 
+// Panels [begin, end) of one group, whose neighbouring outputs' weights lie next to each other: all
+// of a channel before the next one's, which may be on another page.
+template <class T>
+inline void pack_neighbours(const PackPanels<T>& a, int64_t begin, int64_t end, T* panels) {
+  constexpr int64_t L = VecOf<T>::lanes;
+  const Panels<T> shape{a.width};
+  const Weights<T> w = a.weights;
+  for (int64_t q = 0; q < w.taps; ++q) {
+    if (a.place[q] < 0) continue;
+    for (int64_t d = 0; d < a.depth; ++d)
+      for (int64_t p = begin; p < end; ++p) {
+        const int64_t lanes = shape.lanes(p), used = shape.used(p);
+        const T* from = w.data + p * shape.kWide + q * w.stride_q + d * w.stride_d;
+        T* to = panels + p * shape.kWide * a.taps * a.depth + (a.place[q] * a.depth + d) * lanes;
+        for (int64_t v = 0; v < lanes; v += L)
+          store<T>(to + v, load_some<T>(from + v, min(L, used - v)));
+      }
+  }
+}
+
 // Panels [begin, end) of all groups.
 template <class T>
 void pack_dense(const PackPanels<T>& a, int64_t begin, int64_t end, T* panels) {
   constexpr int64_t L = VecOf<T>::lanes;
+  if (a.groups == 1 && a.weights.stride_j == 1) return pack_neighbours(a, begin, end, panels);
   const Panels<T> shape{a.width};
   for (int64_t i = begin; i < end; ++i) {
     const int64_t group = i / shape.count(), p = i % shape.count(), lanes = shape.lanes(p);

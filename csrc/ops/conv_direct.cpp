@@ -87,7 +87,8 @@ cpu::PackPanels<T> packing(const Conv& conv, const Tensor& weight, const Taps& t
 }
 
 // Each thread computes all pixels of its own panels, and packs these, if they are not `kept`
-// packed: one where it is used, or, for many pixels, as many as stay in the second cache.
+// packed: one where it is used, or as many as stay in the second cache, for many pixels, or where
+// these are neighbours in memory.
 template <class T>
 void run_by_panels(const cpu::Direct<T>& a, const cpu::PackPanels<T>& weights, int64_t pixels,
                    const T* kept, bool in_rows) {
@@ -95,8 +96,8 @@ void run_by_panels(const cpu::Direct<T>& a, const cpu::PackPanels<T>& weights, i
   cpu::PackPanels<T> one = weights;
   one.width = std::min(one.width, kernels.panel);
   const int64_t size = kernels.panels_size(one), bytes = size * int64_t(sizeof(T));
-  const int64_t fit = a.l2 / 4 / std::max<int64_t>(1, bytes);
-  const int64_t most = pixels <= a.width ? 1 : std::max<int64_t>(1, fit);
+  const int64_t fit = std::max<int64_t>(1, a.l2 / 4 / std::max<int64_t>(1, bytes));
+  const int64_t most = pixels <= a.width && weights.weights.stride_j != 1 ? 1 : fit;
   torch::stable::parallel_for(
       0, kernels.panels_count(weights), grain(size * pixels), [&](int64_t begin, int64_t end) {
         const auto own = buffer<T>(kept ? 0 : size * std::min(most, end - begin));
