@@ -162,7 +162,7 @@ void dense(const Direct<T>& a, int64_t begin, int64_t end, char* memory) {
   constexpr int64_t W = Panels<T>::kWide;
   const Panels<T> shape{a.width};
   const DenseBlocks<T> cut(a);
-  const int64_t total = a.taps * a.depth, sums_stride = skewed<T>(shape.padded());
+  const int64_t total = a.panel_depth, sums_stride = skewed<T>(shape.padded());
   const DirectScratch<T> scratch(a, cut.pixels, memory);
   for (int64_t chunk = begin; chunk < end; chunk += cut.pixels) {
     const int64_t pixels = min(cut.pixels, end - chunk);
@@ -187,7 +187,8 @@ void dense(const Direct<T>& a, int64_t begin, int64_t end, char* memory) {
           for (int64_t p = 0; p < shape.count(); ++p) {
             const int64_t lanes = shape.lanes(p), used = pair ? W : shape.used(p);
             const int64_t first = group * a.width + p * W;
-            part.panel = panels + p * W * total + (q * a.depth + d) * lanes;
+            const int64_t at = a.panel_first + q * a.depth + d;
+            part.panel = panels + p * W * total + at * lanes;
             // Tiles of nearly equal height: a short last one could not hide the latency.
             for (int64_t t = 0, s = begin; t < tiles; ++t) {
               const int64_t stop = begin + (t + 1) * count / tiles;

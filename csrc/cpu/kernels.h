@@ -56,6 +56,9 @@ struct Direct {
   int64_t depth;    // input channels of a group
   int64_t width;    // output channels of a group
   const T* panels;  // pack_panels
+  // Of each output's weights there, how many there are and which is the first; as many are used as
+  // there are taps and channels.
+  int64_t panel_depth, panel_first;
   int64_t taps;
   const int64_t* tap_h;  // [taps] input row of a tap, relative to step_h * output row
   const int64_t* tap_w;

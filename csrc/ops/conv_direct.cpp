@@ -7,13 +7,26 @@
 namespace mnp::ops {
 namespace {
 
-// Which taps a convolution uses, and where they read.
-struct Taps {
+// Where a kernel's taps stand in packed weights.
+struct Places {
   std::vector<int64_t> place;  // of every tap among those used, or -1
-  std::vector<int64_t> h, w;   // of those used
+  int64_t used = 0;
   void skip() { place.push_back(-1); }
+  void use() { place.push_back(used++); }
+  // Those of another convolution, which uses other taps of the kernel, behind them.
+  void append(const Places& other) {
+    place.resize(other.place.size(), -1);
+    for (size_t q = 0; q < place.size(); ++q)
+      if (other.place[q] >= 0) place[q] = used + other.place[q];
+    used += other.used;
+  }
+};
+
+// Which taps a convolution uses, and where they read.
+struct Taps : Places {
+  std::vector<int64_t> h, w;  // of those used
   void use(int64_t row, int64_t col) {
-    place.push_back(static_cast<int64_t>(h.size()));
+    Places::use();
     h.push_back(row);
     w.push_back(col);
   }
@@ -73,77 +86,105 @@ Taps phase_taps(const Conv& conv, int64_t phase_h, int64_t phase_w) {
 
 // How the weights are packed; `transposed` swaps the roles of input and output channels.
 template <class T>
-cpu::PackPanels<T> packing(const Conv& conv, const Tensor& weight, const Taps& taps,
+cpu::PackPanels<T> packing(const Conv& conv, const Tensor& weight, const Places& taps,
                            bool transposed) {
   cpu::PackPanels<T> a{};
   a.weights = weights_of<T>(weight, transposed);
   a.stride_g = conv.group_out() * weight.stride(0);
   a.place = taps.place.data();
-  a.taps = static_cast<int64_t>(taps.h.size());
+  a.taps = taps.used;
   a.groups = conv.groups;
   a.depth = transposed ? conv.group_out() : conv.group_in();
   a.width = transposed ? conv.group_in() : conv.group_out();
   return a;
 }
 
+// A convolution, or one of several with the same input, output and weights, of which each uses
+// some: the phases of a gradient of the input.
+template <class T>
+struct Part {
+  cpu::Direct<T> direct;
+  int64_t pixels;
+  Part(const cpu::Direct<T>& a, const Conv& conv, const Taps& taps)
+      : direct(a), pixels(conv.n * a.rows * a.cols) {
+    direct.taps = taps.used;
+    direct.tap_h = taps.h.data();
+    direct.tap_w = taps.w.data();
+  }
+  // Images of one row, which a 1x1 kernel of stride 1 sees them as.
+  void flatten() {
+    cpu::Direct<T>& a = direct;
+    a.in_w *= a.in_h, a.cols *= a.rows, a.out_w *= a.out_h;
+    a.in_h = a.rows = a.out_h = 1;
+  }
+  // All samples in that row.
+  void join(int64_t samples) {
+    direct.in_w *= samples, direct.cols *= samples, direct.out_w *= samples;
+  }
+};
+
+template <class T>
+void compute(const cpu::Kernels<T>& kernels, const cpu::Direct<T>& a, int64_t begin, int64_t end,
+             bool in_rows) {
+  if (begin == end) return;
+  if (in_rows) return kernels.direct_rows(a, begin, end);
+  const auto scratch = buffer<char>(kernels.direct_scratch(a));
+  kernels.direct(a, begin, end, scratch.get());
+}
+
 // Each thread computes all pixels of its own panels, and packs these, if they are not `kept`
 // packed: one where it is used, or as many as stay in the second cache, for many pixels, or where
 // these are neighbours in memory.
 template <class T>
-void run_by_panels(const cpu::Direct<T>& a, const cpu::PackPanels<T>& weights, int64_t pixels,
-                   const T* kept, bool in_rows) {
+void run_by_panels(const std::vector<Part<T>>& parts, const cpu::PackPanels<T>& weights,
+                   int64_t pixels, const T* kept, bool in_rows) {
   const auto& kernels = cpu::kernels_of<T>();
+  const cpu::Epilogue<T>& epilogue = *parts[0].direct.epilogue;
   cpu::PackPanels<T> one = weights;
   one.width = std::min(one.width, kernels.panel);
   const int64_t size = kernels.panels_size(one), bytes = size * int64_t(sizeof(T));
-  const int64_t fit = std::max<int64_t>(1, a.l2 / 4 / std::max<int64_t>(1, bytes));
-  const int64_t most = pixels <= a.width && weights.weights.stride_j != 1 ? 1 : fit;
+  const int64_t fit = std::max<int64_t>(1, cpu::caches().l2 / 4 / std::max<int64_t>(1, bytes));
+  const int64_t most = pixels <= weights.width && weights.weights.stride_j != 1 ? 1 : fit;
   torch::stable::parallel_for(
       0, kernels.panels_count(weights), grain(size * pixels), [&](int64_t begin, int64_t end) {
         const auto own = buffer<T>(kept ? 0 : size * std::min(most, end - begin));
         for (int64_t p = begin; p < end; p += most) {
           const int64_t count = std::min(most, end - p), first = p * kernels.panel;
-          cpu::PackPanels<T> part = weights;
-          part.weights.data += first * part.weights.stride_j;
-          part.width = std::min(weights.width - first, count * kernels.panel);
-          if (!kept) kernels.pack_panels(part, 0, count, own.get());
-          cpu::Direct<T> b = a;
-          const cpu::Epilogue<T> e = from_neuron(*a.epilogue, first);
-          b.panels = kept ? kept + p * size : own.get(), b.width = part.width;
-          b.output += first, b.epilogue = &e;
-          if (in_rows) {
-            kernels.direct_rows(b, 0, pixels);
-            continue;
+          cpu::PackPanels<T> some = weights;
+          some.weights.data += first * some.weights.stride_j;
+          some.width = std::min(weights.width - first, count * kernels.panel);
+          if (!kept) kernels.pack_panels(some, 0, count, own.get());
+          const cpu::Epilogue<T> e = from_neuron(epilogue, first);
+          for (const Part<T>& part : parts) {
+            cpu::Direct<T> a = part.direct;
+            a.panels = kept ? kept + p * size : own.get(), a.width = some.width;
+            a.output += first, a.epilogue = &e;
+            compute(kernels, a, 0, part.pixels, in_rows);
           }
-          const auto scratch = buffer<char>(kernels.direct_scratch(b));
-          kernels.direct(b, 0, pixels, scratch.get());
         }
       });
 }
 
-// Images of one row, which a 1x1 kernel of stride 1 sees them as.
 template <class T>
-void flatten(cpu::Direct<T>& a) {
-  a.in_w *= a.in_h, a.cols *= a.rows, a.out_w *= a.out_h;
-  a.in_h = a.rows = a.out_h = 1;
-}
-
-template <class T>
-void run(cpu::Direct<T>& a, const Conv& conv, const cpu::PackPanels<T>& weights, const Taps& taps,
+void run(std::vector<Part<T>> parts, const Conv& conv, const cpu::PackPanels<T>& weights,
          bool equal_distances = false) {
-  a.taps = static_cast<int64_t>(taps.h.size());
-  a.tap_h = taps.h.data();
-  a.tap_w = taps.w.data();
-  a.groups = weights.groups, a.width = weights.width;
-  a.out_stride = a.groups * a.width;
-  a.l1 = cpu::caches().l1, a.l2 = cpu::caches().l2;
   const bool flat = conv.is_pointwise() && conv.stride[0] == 1 && conv.stride[1] == 1;
-  if (flat) flatten(a);
+  int64_t pixels = 0, most = 0, products = 0;
+  for (Part<T>& part : parts) {
+    cpu::Direct<T>& a = part.direct;
+    a.groups = weights.groups, a.width = weights.width;
+    a.panel_depth = weights.taps * weights.depth;
+    a.out_stride = a.groups * a.width;
+    a.l1 = cpu::caches().l1, a.l2 = cpu::caches().l2;
+    if (flat) part.flatten();
+    pixels += part.pixels, most = std::max(most, part.pixels);
+    products += part.pixels * a.taps * a.depth * a.width * a.groups;
+  }
+  const cpu::Direct<T>& first = parts[0].direct;
   const auto& widest = cpu::kernels_of<T>();
-  const bool fills = a.groups == 1 || widest.fills_vectors(a);
-  const auto& kernels = fills ? widest : cpu::kernels_of_group<T>(a.width);
-  const int64_t pixels = conv.n * a.rows * a.cols, panels = kernels.panels_count(weights);
-  const int64_t size = kernels.panels_size(weights);
+  const bool fills = conv.groups == 1 || widest.fills_vectors(first);
+  const auto& kernels = fills ? widest : cpu::kernels_of_group<T>(weights.width);
+  const int64_t panels = kernels.panels_count(weights), size = kernels.panels_size(weights);
   const auto pack_all = [&](T* packed) {
     torch::stable::parallel_for(0, panels, grain(size / panels), [&](int64_t begin, int64_t end) {
       kernels.pack_panels(weights, begin, end, packed);
@@ -163,29 +204,30 @@ void run(cpu::Direct<T>& a, const Conv& conv, const cpu::PackPanels<T>& weights,
   // In rows that are as high as the other kernel's tiles. Each would read weights anew that do not
   // stay in the second cache, unless it is a whole image. Whatever the batch: it decides about the
   // rounding.
-  const bool few = size * int64_t(sizeof(T)) <= a.l2 / 2;
-  const bool one_row = flat && a.epilogue->mask_stride == 0;  // of all samples
-  const bool in_rows = equal_distances && (one_row || a.cols >= 8) && (few || a.in_h == 1);
-  if (in_rows && one_row) a.in_w *= conv.n, a.cols *= conv.n, a.out_w *= conv.n;
+  const bool few = size * int64_t(sizeof(T)) <= cpu::caches().l2 / 2;
+  const bool one_row = flat && first.epilogue->mask_stride == 0;  // of all samples
+  const bool in_rows = equal_distances && (one_row || first.cols >= 8) && (few || first.in_h == 1);
+  if (in_rows && one_row) parts[0].join(conv.n);
   // What one thread packs, the other ones would get slowly; but all are to have panels.
   const bool by_thread = !kept && !few && panels >= 4 * torch::stable::get_num_threads();
-  if (conv.groups == 1 && (pixels <= a.width || by_thread))
-    return run_by_panels(a, weights, pixels, kept.get(), in_rows);
+  if (conv.groups == 1 && (pixels <= weights.width || by_thread))
+    return run_by_panels(parts, weights, pixels, kept.get(), in_rows);
   // Each thread packs few weights for itself, if it has much to do with them: that takes less time
   // than to get them from another.
   const bool each = !kept && few && pixels >= 32 * torch::stable::get_num_threads();
   const auto shared = buffer<T>(kept || each ? 0 : size);
   if (!kept && !each) pack_all(shared.get());
-  a.panels = kept ? kept.get() : shared.get();
-  const int64_t cost = a.taps * a.depth * a.width * a.groups;
-  torch::stable::parallel_for(0, pixels, grain(cost), [&](int64_t begin, int64_t end) {
-    cpu::Direct<T> b = a;
-    const auto own = buffer<T>(each ? size : 0);
-    if (each) kernels.pack_panels(weights, 0, panels, own.get()), b.panels = own.get();
-    if (in_rows) return kernels.direct_rows(b, begin, end);
-    const auto scratch = buffer<char>(kernels.direct_scratch(b));
-    kernels.direct(b, begin, end, scratch.get());
-  });
+  // Every thread gets the same share of all parts, which differ in their numbers of taps.
+  torch::stable::parallel_for(
+      0, most, grain(products / std::max<int64_t>(1, most)), [&](int64_t begin, int64_t end) {
+        const auto own = buffer<T>(each ? size : 0);
+        if (each) kernels.pack_panels(weights, 0, panels, own.get());
+        for (const Part<T>& part : parts) {
+          cpu::Direct<T> a = part.direct;
+          a.panels = kept ? kept.get() : each ? own.get() : shared.get();
+          compute(kernels, a, begin * part.pixels / most, end * part.pixels / most, in_rows);
+        }
+      });
 }
 
 // Pixels that no tap meets: their sum is the residual, or 0.
@@ -229,17 +271,22 @@ void direct_forward(const Conv& conv, const Tensor& weight, const T* x,
     if (is_padded) a.input = padded.get();
     a.in_h += 2 * conv.padding[0], a.in_w += 2 * conv.padding[1];
     a.depth *= conv.kw;
-    return run(a, conv, weights, row_taps(conv), true);
+    const Taps rows = row_taps(conv);
+    return run<T>({{a, conv, rows}}, conv, weights, true);
   }
-  run(a, conv, weights, taps, conv.is_pointwise());
+  run<T>({{a, conv, taps}}, conv, weights, conv.is_pointwise());
 }
 
 template <class T>
 void direct_input_grad(const Conv& conv, const Tensor& weight, const T* g, int64_t g_stride,
                        const cpu::Epilogue<T>& epilogue, T* dx) {
+  std::vector<Taps> phases;
+  phases.reserve(conv.stride[0] * conv.stride[1]);
+  std::vector<Part<T>> parts;
+  Places together;
   for (int64_t phase_h = 0; phase_h < std::min(conv.stride[0], conv.h); ++phase_h)
     for (int64_t phase_w = 0; phase_w < std::min(conv.stride[1], conv.w); ++phase_w) {
-      const Taps taps = phase_taps(conv, phase_h, phase_w);
+      const Taps& taps = phases.emplace_back(phase_taps(conv, phase_h, phase_w));
       cpu::Direct<T> a{};
       a.input = g;
       a.in_h = conv.oh, a.in_w = conv.ow, a.in_stride = g_stride;
@@ -252,11 +299,19 @@ void direct_input_grad(const Conv& conv, const Tensor& weight, const T* g, int64
       a.out_step_h = conv.stride[0], a.out_step_w = conv.stride[1];
       a.out_origin_h = phase_h, a.out_origin_w = phase_w;
       a.epilogue = &epilogue;
-      if (taps.h.empty())
+      a.panel_first = together.used * a.depth;
+      if (taps.used == 0) {
         write_without_taps(a, conv);
-      else
-        run(a, conv, packing<T>(conv, weight, taps, true), taps, conv.is_pointwise());
+      } else if (conv.groups > 1) {  // only the kernel of one group reads a part of its panels
+        a.panel_first = 0;
+        run<T>({{a, conv, taps}}, conv, packing<T>(conv, weight, taps, true));
+      } else {
+        parts.emplace_back(a, conv, taps);
+        together.append(taps);
+      }
     }
+  if (!parts.empty())
+    run(parts, conv, packing<T>(conv, weight, together, true), conv.is_pointwise());
 }
 
 template <class T>
