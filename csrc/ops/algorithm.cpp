@@ -6,6 +6,7 @@ namespace mnp::ops {
 namespace {
 
 constexpr int64_t kFewestTiles = 8;
+constexpr int64_t kFewestByTwo = 8192;  // with stride 2, tiles times input channels
 
 bool both(const int64_t* values, int64_t value) { return values[0] == value && values[1] == value; }
 
@@ -52,12 +53,16 @@ Algorithm fastest(const Conv& conv, Result result) {
                               : results >= 8 * tiles;
     return gains ? Algorithm::winograd4 : Algorithm::direct;
   }
-  const bool phases = by_two && backward;  // four short sums, slow for their length
-  const int64_t edge = phases ? 8 : 4;
-  const double direct = phases ? 9.0 / 4 * 1.45 : 9.0;
-  const double four = cost(work, edge, by_two ? 81 : 36, 1.2, 20);
-  const double two = by_two ? direct : cost(work, 2, 16, 1.1, 22);
-  if (work.tiles(edge) >= kFewestTiles && four < direct && four <= two) return Algorithm::winograd4;
+  if (by_two) {
+    // Where it takes clearly less than the direct kernels, for a gradient one for each phase.
+    const int64_t edge = backward ? 8 : 4;
+    const double direct = backward ? 0.85 * 9 / 4 : 0.92 * 9;
+    const bool gains = work.tiles(edge) * conv.group_in() >= kFewestByTwo &&
+                       cost(work, edge, 81, 1.2, 20) < direct;
+    return gains ? Algorithm::winograd4 : Algorithm::direct;
+  }
+  const double direct = 9, four = cost(work, 4, 36, 1.2, 20), two = cost(work, 2, 16, 1.1, 22);
+  if (work.tiles(4) >= kFewestTiles && four < direct && four <= two) return Algorithm::winograd4;
   if (work.tiles(2) >= kFewestTiles && two < direct) return Algorithm::winograd2;
   return Algorithm::direct;
 }

@@ -48,6 +48,9 @@ int64_t groups_together(const Conv& conv, int64_t depth) {
   return std::clamp<int64_t>(kChannels / depth, 1, conv.groups);
 }
 
+// What the transform of a tile's input costs for each channel, in multiply-adds.
+constexpr int64_t kTransform = 256;
+
 // Into how many blocks of at most `most` tiles: as many for each thread, if they do not get small.
 int64_t blocks_of(int64_t tiles, int64_t most) {
   constexpr int64_t kSmall = 12;
@@ -101,9 +104,10 @@ void run_winograd(cpu::Winograd<T>& a, const Conv& conv, Algorithm algorithm, co
     for (int64_t g = 0; g < conv.groups; ++g) {
       const Part<T> of_group(a, g);
       const cpu::Winograd<T>& b = of_group.problem;
-      torch::stable::parallel_for(0, tiles, grain(16 * a.depth), [&](int64_t begin, int64_t end) {
-        kernels.input(b, begin, end, inputs.get(), begin, tiles);
-      });
+      torch::stable::parallel_for(0, tiles, grain(kTransform * a.depth),
+                                  [&](int64_t begin, int64_t end) {
+                                    kernels.input(b, begin, end, inputs.get(), begin, tiles);
+                                  });
       torch::stable::parallel_for(
           0, sets, grain(tile_cost * tiles / sets), [&](int64_t begin, int64_t end) {
             const auto own = buffer<T>(kept ? 0 : set_size), scratch = buffer<T>(products);
@@ -203,7 +207,7 @@ void winograd_weight_grad(const Conv& conv, Algorithm algorithm, const T* g, int
   }
   const auto inputs = buffer<T>(plan.inputs), grads = buffer<T>(plan.grads);
   const auto transform = [&](int64_t first, int64_t last) {
-    torch::stable::parallel_for(first, last, grain(16 * (conv.c + conv.k)),
+    torch::stable::parallel_for(first, last, grain(kTransform * (conv.c + conv.k)),
                                 [&](int64_t begin, int64_t end) {
                                   kernels.tiles(a, begin, end, first, inputs.get(), grads.get());
                                 });

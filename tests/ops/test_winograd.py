@@ -334,7 +334,7 @@ def test_auto_follows_shape_and_dtype():
             yield names[1 + same[0]]
 
     assert [*chosen(LAYERS[0])] == ["winograd4"] * 3
-    assert [*chosen(STRIDE_2_LAYERS[0])] == ["winograd4"] * 3
+    assert [*chosen(STRIDE_2_LAYERS[0])] == ["direct", "direct", "winograd4"]
     assert [*chosen(STRIDE_2["stride 2, one channel"])] == ["direct"] * 3
     assert [*chosen(LAYERS[0], torch.float64)] == ["direct"] * 3
     assert [*chosen(Conv(2, 3, 7, 7, 5))] == ["direct", "direct", "winograd4"]
@@ -348,7 +348,9 @@ def test_auto_follows_shape_and_dtype():
     assert [*chosen(Conv(2, 64, 16, 16, 64, groups=4))] == ["winograd4", "winograd4", "direct"]
     assert [*chosen(Conv(2, 32, 16, 16, 32, groups=4))] == ["direct"] * 3
     assert [*chosen(Conv(2, 64, 16, 16, 64, stride=(2, 2), groups=4))] == ["direct"] * 3
-    assert [*chosen(Conv(8, 16, 16, 16, 32, stride=(2, 2)))] == ["direct", "winograd4", "winograd4"]
+    assert [*chosen(Conv(8, 16, 16, 16, 32, stride=(2, 2)))] == ["direct", "direct", "winograd4"]
+    assert [*chosen(Conv(8, 128, 28, 28, 64, stride=(2, 2)))] == ["direct", "direct", "winograd4"]
+    assert [*chosen(Conv(8, 64, 32, 32, 128, stride=(2, 2)))] == ["winograd4"] * 3
 
 
 @pytest.mark.parametrize(
