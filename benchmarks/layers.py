@@ -63,6 +63,7 @@ OTHERS = (
     Shape(64, 128, 32, stride=2),
     Shape(128, 256, 16, stride=2),
     Shape(256, 512, 8, stride=2),
+    Shape(128, 256, 28, stride=2),
     Shape(64, 128, 32, kernel=1, stride=2),
     Shape(128, 256, 16, kernel=1, stride=2),
     Shape(256, 512, 8, kernel=1, stride=2),
