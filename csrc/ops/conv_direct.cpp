@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <utility>
 
 #include "conv.h"
 #include "cpu/caches.h"
@@ -280,13 +281,12 @@ void direct_forward(const Conv& conv, const Tensor& weight, const T* x,
 template <class T>
 void direct_input_grad(const Conv& conv, const Tensor& weight, const T* g, int64_t g_stride,
                        const cpu::Epilogue<T>& epilogue, T* dx) {
-  std::vector<Taps> phases;
-  phases.reserve(conv.stride[0] * conv.stride[1]);
+  std::vector<Taps> phases;  // of the parts, which point into them
   std::vector<Part<T>> parts;
   Places together;
   for (int64_t phase_h = 0; phase_h < std::min(conv.stride[0], conv.h); ++phase_h)
     for (int64_t phase_w = 0; phase_w < std::min(conv.stride[1], conv.w); ++phase_w) {
-      const Taps& taps = phases.emplace_back(phase_taps(conv, phase_h, phase_w));
+      Taps taps = phase_taps(conv, phase_h, phase_w);
       cpu::Direct<T> a{};
       a.input = g;
       a.in_h = conv.oh, a.in_w = conv.ow, a.in_stride = g_stride;
@@ -308,6 +308,7 @@ void direct_input_grad(const Conv& conv, const Tensor& weight, const T* g, int64
       } else {
         parts.emplace_back(a, conv, taps);
         together.append(taps);
+        phases.push_back(std::move(taps));
       }
     }
   if (!parts.empty())
