@@ -67,7 +67,8 @@ class DefenseConfig:
     conspicuous
         The suspect class is conspicuous if its distance is at most this, in [0, 1]: the size of
         its offset over the median of the other suspects', less a quarter of the softmax that
-        suppressed weights give it.
+        suppressed weights give it. Where nothing below finds one either, a quarter of what a
+        network moved along its drift gives the class comes off as well.
     suppressions_again, conspicuous_again
         Where no class is conspicuous but one is nearly so: so many suppressions more tell better
         what they favour, and that softmax counts whole. The nearest class is conspicuous if its
