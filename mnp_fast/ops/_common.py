@@ -75,8 +75,10 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _any_requires_grad(arguments: tuple[Any, ...]) -> bool:
-    return any(isinstance(argument, Tensor) and argument.requires_grad for argument in arguments)
+def _any_wants_grad(arguments: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(argument, Tensor) and argument.requires_grad for argument in arguments
+    )
 
 
 def call(operator: Callable[..., Any], *arguments: Any) -> Any:
@@ -84,7 +86,7 @@ def call(operator: Callable[..., Any], *arguments: Any) -> Any:
 
     The formula is in Python and takes as long as a small layer.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() and _any_requires_grad(arguments):
+    if torch.compiler.is_compiling() or _any_wants_grad(arguments):
         return operator(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*arguments)
