@@ -70,12 +70,8 @@ def empty_like_layout(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
     return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
-def wants_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd will ask for the gradient of any of the tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _any_wants_grad(arguments: tuple[Any, ...]) -> bool:
+def wants_grad(*arguments: Any) -> bool:
+    """Whether autograd will ask for the gradient of any of the tensors among the arguments."""
     return torch.is_grad_enabled() and any(
         isinstance(argument, Tensor) and argument.requires_grad for argument in arguments
     )
@@ -86,7 +82,7 @@ def call(operator: Callable[..., Any], *arguments: Any) -> Any:
 
     The formula is in Python and takes as long as a small layer.
     """
-    if torch.compiler.is_compiling() or _any_wants_grad(arguments):
+    if torch.compiler.is_compiling() or wants_grad(*arguments):
         return operator(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*arguments)
