@@ -119,7 +119,7 @@ inline void depthwise_channels(const Direct<T>& a, const GridTaps& taps,
 
 template <class T, int K, int Step>
 void depthwise_pixels(const Direct<T>& a, const GridTaps& taps, int64_t begin, int64_t end) {
-  constexpr int R = kRows > 6 ? 4 : 2;  // as many as fit the registers
+  constexpr int R = kRows > 6 || K > 3 ? 4 : 2;  // as many as fit the registers
   each_rows(a, begin, end, R, [&](const GridPixel& at, int64_t rows, int64_t cols) {
     const DepthwisePixels pixels{at, at.j + cols, rows};
     if (rows > 1)

@@ -57,6 +57,10 @@ struct Strip {
       }
     }
   }
+  // Whether all of `count` columns from `first` on are inside.
+  bool has_columns(int64_t first, int64_t count) const {
+    return first >= left && first + count <= right;
+  }
   // A bit for each of 32 columns from `first` on that is inside.
   uint32_t columns(int64_t first) const {
     const int64_t from = min(32, max<int64_t>(0, left - first));
@@ -80,7 +84,8 @@ struct BlockPlace {
 };
 
 // W: channels of each of the groups that share a vector; 0 where a group's outputs fill it.
-template <class T, class K, int W, int C>
+// Whole: all columns are inside the image and all rows are written, so that none is asked for.
+template <class T, class K, int W, int C, bool Whole>
 [[gnu::noinline]] void grouped_block(const Strip<T>& strip, int64_t column, int64_t depth,
                                      const BlockWeights<T>& weights, const OutputLane<T>& lane,
                                      T* output, const BlockPlace& place) {
@@ -116,16 +121,16 @@ template <class T, class K, int W, int C>
 #pragma GCC unroll 16
           for (int c = s0; c < s0 + S + (C - 1) * K::kStep; ++c) {
             if (S == 1 && (c - s0) % K::kStep) continue;
-            if (!(columns >> c & 1)) continue;
+            if (!Whole && !(columns >> c & 1)) continue;
             const T* at = x + q * row + c * L;
             Vec<T> in;
             if constexpr (W > 0)
               in = __builtin_shuffle(load<T>(at), channel);
             else
-              in = Vec<T>{} + *at;
+              in = *at - Vec<T>{};  // a broadcast; 0 + x would be a sum, for -0
 #pragma GCC unroll 4
             for (int k = 0; k < R; ++k) {
-              if (k > 0 && k >= rows) break;
+              if (!Whole && k > 0 && k >= rows) break;
 #pragma GCC unroll 4
               for (int j = 0; j < C; ++j) {
                 const int r = q - k * K::kStep, s = c - s0 - j * K::kStep;
@@ -143,7 +148,7 @@ template <class T, class K, int W, int C>
   }
 #pragma GCC unroll 4
   for (int k = 0; k < R; ++k) {
-    if (k >= rows) break;
+    if (!Whole && k >= rows) break;
 #pragma GCC unroll 4
     for (int j = 0; j < C; ++j)
       lane.write(output, place.element + k * place.down + j * place.right, acc[k][j]);
@@ -155,10 +160,14 @@ inline void grouped_columns(int64_t cols, const Strip<T>& strip, int64_t column,
                             const BlockWeights<T>& weights, const OutputLane<T>& lane, T* output,
                             const BlockPlace& place) {
   if constexpr (C > 0) {
-    if (cols >= C)
-      grouped_block<T, K, W, C>(strip, column, depth, weights, lane, output, place);
-    else
+    if (cols < C)
       grouped_columns<T, K, W, C - 1>(cols, strip, column, depth, weights, lane, output, place);
+    else if (C == kBlockCols && place.rows == kBlockRows &&
+             strip.has_columns(column, (C - 1) * K::kStep + K::kWidth))
+      grouped_block<T, K, W, C, C == kBlockCols>(strip, column, depth, weights, lane, output,
+                                                 place);
+    else
+      grouped_block<T, K, W, C, false>(strip, column, depth, weights, lane, output, place);
   }
 }
 

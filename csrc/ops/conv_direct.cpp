@@ -133,32 +133,48 @@ void compute(const cpu::Kernels<T>& kernels, const cpu::Direct<T>& a, int64_t be
   kernels.direct(a, begin, end, scratch.get());
 }
 
+// How weights are packed where each thread packs those of its own panels: one where it is used, or
+// as many as stay in the second cache, for many pixels, or where these are neighbours in memory.
+template <class T>
+struct OwnPanels {
+  int64_t panels, size, most;  // all of them, elements of one, and how many are packed at a time
+  OwnPanels(const cpu::PackPanels<T>& weights, int64_t pixels) {
+    const auto& kernels = cpu::kernels_of<T>();
+    panels = kernels.panels_count(weights);
+    cpu::PackPanels<T> one = weights;
+    one.width = std::min(one.width, kernels.panel);
+    size = kernels.panels_size(one);
+    const int64_t bytes = std::max<int64_t>(1, size * int64_t(sizeof(T)));
+    const int64_t fit = std::max<int64_t>(1, cpu::caches().l2 / 4 / bytes);
+    most = pixels <= weights.width && weights.weights.stride_j != 1 ? 1 : fit;
+  }
+  // How often each thread passes over all pixels.
+  int64_t passes() const {
+    const int64_t each = torch::stable::get_num_threads() * most;
+    return (panels + each - 1) / each;
+  }
+};
+
 // Each thread computes all pixels of its own panels, and packs these, if they are not `kept`
-// packed: one where it is used, or as many as stay in the second cache, for many pixels, or where
-// these are neighbours in memory.
+// packed.
 template <class T>
 void run_by_panels(const std::vector<Part<T>>& parts, const cpu::PackPanels<T>& weights,
-                   int64_t pixels, const T* kept, bool in_rows) {
+                   const OwnPanels<T>& own, int64_t pixels, const T* kept, bool in_rows) {
   const auto& kernels = cpu::kernels_of<T>();
   const cpu::Epilogue<T>& epilogue = *parts[0].direct.epilogue;
-  cpu::PackPanels<T> one = weights;
-  one.width = std::min(one.width, kernels.panel);
-  const int64_t size = kernels.panels_size(one), bytes = size * int64_t(sizeof(T));
-  const int64_t fit = std::max<int64_t>(1, cpu::caches().l2 / 4 / std::max<int64_t>(1, bytes));
-  const int64_t most = pixels <= weights.width && weights.weights.stride_j != 1 ? 1 : fit;
   torch::stable::parallel_for(
-      0, kernels.panels_count(weights), grain(size * pixels), [&](int64_t begin, int64_t end) {
-        const auto own = buffer<T>(kept ? 0 : size * std::min(most, end - begin));
-        for (int64_t p = begin; p < end; p += most) {
-          const int64_t count = std::min(most, end - p), first = p * kernels.panel;
+      0, own.panels, grain(own.size * pixels), [&](int64_t begin, int64_t end) {
+        const auto packed = buffer<T>(kept ? 0 : own.size * std::min(own.most, end - begin));
+        for (int64_t p = begin; p < end; p += own.most) {
+          const int64_t count = std::min(own.most, end - p), first = p * kernels.panel;
           cpu::PackPanels<T> some = weights;
           some.weights.data += first * some.weights.stride_j;
           some.width = std::min(weights.width - first, count * kernels.panel);
-          if (!kept) kernels.pack_panels(some, 0, count, own.get());
+          if (!kept) kernels.pack_panels(some, 0, count, packed.get());
           const cpu::Epilogue<T> e = from_neuron(epilogue, first);
           for (const Part<T>& part : parts) {
             cpu::Direct<T> a = part.direct;
-            a.panels = kept ? kept + p * size : own.get(), a.width = some.width;
+            a.panels = kept ? kept + p * own.size : packed.get(), a.width = some.width;
             a.output += first, a.epilogue = &e;
             compute(kernels, a, 0, part.pixels, in_rows);
           }
@@ -208,11 +224,15 @@ void run(std::vector<Part<T>> parts, const Conv& conv, const cpu::PackPanels<T>&
   const bool few = size * int64_t(sizeof(T)) <= cpu::caches().l2 / 2;
   const bool one_row = flat && first.epilogue->mask_stride == 0;  // of all samples
   const bool in_rows = equal_distances && (one_row || first.cols >= 8) && (few || first.in_h == 1);
+  const int64_t read = conv.n * first.in_h * first.in_w * first.in_stride;
   if (in_rows && one_row) parts[0].join(conv.n);
-  // What one thread packs, the other ones would get slowly; but all are to have panels.
-  const bool by_thread = !kept && !few && panels >= 4 * torch::stable::get_num_threads();
+  // What one thread packs, the other ones would get slowly; but all are to have panels, and images
+  // are not to be read too often for it.
+  const OwnPanels<T> own(weights, pixels);
+  const bool by_thread = !kept && !few && panels >= 4 * torch::stable::get_num_threads() &&
+                         own.passes() * read <= 16 * size;
   if (conv.groups == 1 && (pixels <= weights.width || by_thread))
-    return run_by_panels(parts, weights, pixels, kept.get(), in_rows);
+    return run_by_panels(parts, weights, own, pixels, kept.get(), in_rows);
   // Each thread packs few weights for itself, if it has much to do with them: that takes less time
   // than to get them from another.
   const bool each = !kept && few && pixels >= 32 * torch::stable::get_num_threads();
@@ -221,11 +241,11 @@ void run(std::vector<Part<T>> parts, const Conv& conv, const cpu::PackPanels<T>&
   // Every thread gets the same share of all parts, which differ in their numbers of taps.
   torch::stable::parallel_for(
       0, most, grain(products / std::max<int64_t>(1, most)), [&](int64_t begin, int64_t end) {
-        const auto own = buffer<T>(each ? size : 0);
-        if (each) kernels.pack_panels(weights, 0, panels, own.get());
+        const auto packed = buffer<T>(each ? size : 0);
+        if (each) kernels.pack_panels(weights, 0, panels, packed.get());
         for (const Part<T>& part : parts) {
           cpu::Direct<T> a = part.direct;
-          a.panels = kept ? kept.get() : each ? own.get() : shared.get();
+          a.panels = kept ? kept.get() : each ? packed.get() : shared.get();
           compute(kernels, a, begin * part.pixels / most, end * part.pixels / most, in_rows);
         }
       });
