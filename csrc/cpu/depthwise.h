@@ -46,8 +46,6 @@ template <class T, int K, int Step, int R, bool Whole>
     int64_t column = w, place = out + first, left = pixels.stop - at.j;
     const auto read = [&](int64_t q, int64_t c) __attribute__((always_inline)) {
       const T* from = x + q * down + c * across;
-      // The next vector of channels reads what lies behind it.
-      __builtin_prefetch(from + L);
       return Whole ? load<T>(from) : load_some<T>(from, used);
     };
     const auto write = [&](const Vec<T>(&sums)[R]) __attribute__((always_inline)) {
@@ -57,6 +55,11 @@ template <class T, int K, int Step, int R, bool Whole>
         lane.prefetch(output, place + k * under + L);
         lane.write(output, place + k * under, sums[k]);
       }
+      // The next vector of channels reads what lies behind what this pixel was the first to read.
+#pragma GCC unroll 16
+      for (int q = 0; q < kRead; ++q)
+#pragma GCC unroll 2
+        for (int c = K - Step; c < K; ++c) __builtin_prefetch(x + q * down + c * across + L);
       --left, column += Step, x += Step * across, place += next;
     };
     // Column by column of the kernel; those outside the image are left out.

@@ -4,6 +4,7 @@
 #include "conv.h"
 #include "cpu/caches.h"
 #include "packed.h"
+#include "share.h"
 
 namespace mnp::ops {
 namespace {
@@ -162,24 +163,24 @@ void run_by_panels(const std::vector<Part<T>>& parts, const cpu::PackPanels<T>& 
                    const OwnPanels<T>& own, int64_t pixels, const T* kept, bool in_rows) {
   const auto& kernels = cpu::kernels_of<T>();
   const cpu::Epilogue<T>& epilogue = *parts[0].direct.epilogue;
-  torch::stable::parallel_for(
-      0, own.panels, grain(own.size * pixels), [&](int64_t begin, int64_t end) {
-        const auto packed = buffer<T>(kept ? 0 : own.size * std::min(own.most, end - begin));
-        for (int64_t p = begin; p < end; p += own.most) {
-          const int64_t count = std::min(own.most, end - p), first = p * kernels.panel;
-          cpu::PackPanels<T> some = weights;
-          some.weights.data += first * some.weights.stride_j;
-          some.width = std::min(weights.width - first, count * kernels.panel);
-          if (!kept) kernels.pack_panels(some, 0, count, packed.get());
-          const cpu::Epilogue<T> e = from_neuron(epilogue, first);
-          for (const Part<T>& part : parts) {
-            cpu::Direct<T> a = part.direct;
-            a.panels = kept ? kept + p * own.size : packed.get(), a.width = some.width;
-            a.output += first, a.epilogue = &e;
-            compute(kernels, a, 0, part.pixels, in_rows);
-          }
+  share_out(own.panels, grain(own.size * pixels), own.most, [&] {
+    return [&, packed = buffer<T>(kept ? 0 : own.size * own.most)](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; p += own.most) {
+        const int64_t count = std::min(own.most, end - p), first = p * kernels.panel;
+        cpu::PackPanels<T> some = weights;
+        some.weights.data += first * some.weights.stride_j;
+        some.width = std::min(weights.width - first, count * kernels.panel);
+        if (!kept) kernels.pack_panels(some, 0, count, packed.get());
+        const cpu::Epilogue<T> e = from_neuron(epilogue, first);
+        for (const Part<T>& part : parts) {
+          cpu::Direct<T> a = part.direct;
+          a.panels = kept ? kept + p * own.size : packed.get(), a.width = some.width;
+          a.output += first, a.epilogue = &e;
+          compute(kernels, a, 0, part.pixels, in_rows);
         }
-      });
+      }
+    };
+  });
 }
 
 template <class T>
@@ -238,17 +239,22 @@ void run(std::vector<Part<T>> parts, const Conv& conv, const cpu::PackPanels<T>&
   const bool each = !kept && few && pixels >= 32 * torch::stable::get_num_threads();
   const auto shared = buffer<T>(kept || each ? 0 : size);
   if (!kept && !each) pack_all(shared.get());
-  // Every thread gets the same share of all parts, which differ in their numbers of taps.
-  torch::stable::parallel_for(
-      0, most, grain(products / std::max<int64_t>(1, most)), [&](int64_t begin, int64_t end) {
-        const auto packed = buffer<T>(each ? size : 0);
-        if (each) kernels.pack_panels(weights, 0, panels, packed.get());
-        for (const Part<T>& part : parts) {
-          cpu::Direct<T> a = part.direct;
-          a.panels = kept ? kept.get() : each ? packed.get() : shared.get();
-          compute(kernels, a, begin * part.pixels / most, end * part.pixels / most, in_rows);
-        }
-      });
+  // Every thread gets the same share of all parts, which differ in their numbers of taps: whole
+  // tiles of a long row, images, or rows that are computed together.
+  constexpr int64_t kTiles = 48, kRows = 4;
+  const bool images = conv.n >= 4 * torch::stable::get_num_threads();
+  const int64_t unit = in_rows ? kTiles : images ? most / conv.n : kRows * first.cols;
+  share_out(most, grain(products / std::max<int64_t>(1, most)), range_of(most, unit), [&] {
+    auto packed = buffer<T>(each ? size : 0);
+    if (each) kernels.pack_panels(weights, 0, panels, packed.get());
+    return [&, packed = std::move(packed)](int64_t begin, int64_t end) {
+      for (const Part<T>& part : parts) {
+        cpu::Direct<T> a = part.direct;
+        a.panels = kept ? kept.get() : each ? packed.get() : shared.get();
+        compute(kernels, a, begin * part.pixels / most, end * part.pixels / most, in_rows);
+      }
+    };
+  });
 }
 
 // Pixels that no tap meets: their sum is the residual, or 0.

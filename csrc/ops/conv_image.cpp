@@ -1,5 +1,6 @@
 #include "conv.h"
 #include "packed.h"
+#include "share.h"
 
 namespace mnp::ops {
 
@@ -34,11 +35,13 @@ void image_input_grad(const Conv& conv, const Tensor& weight, const T* g, int64_
   const auto own = buffer<T>(kept ? 0 : size);
   if (!kept) pack(own.get());
   a.panels = kept ? kept.get() : own.get();
-  torch::stable::parallel_for(
-      0, conv.n * conv.h, grain(conv.w * width * conv.k), [&](int64_t begin, int64_t end) {
-        const auto scratch = buffer<T>(kernels.image_grad_scratch(a, end - begin));
-        kernels.image_grad(a, begin, end, scratch.get());
-      });
+  const int64_t rows = conv.n * conv.h;
+  share_out(rows, grain(conv.w * width * conv.k), range_of(rows, conv.h), [&] {
+    return [&](int64_t begin, int64_t end) {
+      const auto scratch = buffer<T>(kernels.image_grad_scratch(a, end - begin));
+      kernels.image_grad(a, begin, end, scratch.get());
+    };
+  });
 }
 
 template void image_input_grad(const Conv&, const Tensor&, const float*, int64_t, const float*,

@@ -3,6 +3,7 @@
 #include "conv.h"
 #include "cpu/caches.h"
 #include "packed.h"
+#include "share.h"
 
 namespace mnp::ops {
 namespace {
@@ -104,23 +105,24 @@ void run_winograd(cpu::Winograd<T>& a, const Conv& conv, Algorithm algorithm, co
     for (int64_t g = 0; g < conv.groups; ++g) {
       const Part<T> of_group(a, g);
       const cpu::Winograd<T>& b = of_group.problem;
-      torch::stable::parallel_for(0, tiles, grain(kTransform * a.depth),
-                                  [&](int64_t begin, int64_t end) {
-                                    kernels.input(b, begin, end, inputs.get(), begin, tiles);
-                                  });
-      torch::stable::parallel_for(
-          0, sets, grain(tile_cost * tiles / sets), [&](int64_t begin, int64_t end) {
-            const auto own = buffer<T>(kept ? 0 : set_size), scratch = buffer<T>(products);
-            for (int64_t s = begin; s < end; ++s) {
-              const T* packed = kept ? kept.get() + g * group_size + s * set_size : own.get();
-              if (!kept) pack(g * sets + s, own.get());
-              for (int64_t part = 0; part < parts; ++part) {
-                const int64_t first = part * tiles / parts, last = (part + 1) * tiles / parts;
-                kernels.output(b, first, last, inputs.get(), first, tiles, s, packed,
-                               scratch.get());
-              }
+      share_out(tiles, grain(kTransform * a.depth), range_of(tiles, 1), [&] {
+        return [&](int64_t begin, int64_t end) {
+          kernels.input(b, begin, end, inputs.get(), begin, tiles);
+        };
+      });
+      share_out(sets, grain(tile_cost * tiles / sets), 1, [&] {
+        return [&, own = buffer<T>(kept ? 0 : set_size), scratch = buffer<T>(products)](
+                   int64_t begin, int64_t end) {
+          for (int64_t s = begin; s < end; ++s) {
+            const T* packed = kept ? kept.get() + g * group_size + s * set_size : own.get();
+            if (!kept) pack(g * sets + s, own.get());
+            for (int64_t part = 0; part < parts; ++part) {
+              const int64_t first = part * tiles / parts, last = (part + 1) * tiles / parts;
+              kernels.output(b, first, last, inputs.get(), first, tiles, s, packed, scratch.get());
             }
-          });
+          }
+        };
+      });
     }
     return;
   }
@@ -131,30 +133,32 @@ void run_winograd(cpu::Winograd<T>& a, const Conv& conv, Algorithm algorithm, co
   const bool each = !kept && bundles >= torch::stable::get_num_threads();
   const auto shared = buffer<T>(kept || each ? 0 : conv.groups * group_size);
   if (!kept && !each) pack_all(shared.get());
-  torch::stable::parallel_for(
-      0, bundles * blocks, grain(tile_cost * block * together), [&](int64_t begin, int64_t end) {
-        const auto own = buffer<T>(each ? together * group_size : 0);
-        const auto inputs = buffer<T>(kernels.input_size(together * a.depth, block));
-        const auto scratch = buffer<T>(kernels.product_size(block));
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t b = i % blocks, first_group = i / blocks * together;
-          const int64_t groups = std::min(together, conv.groups - first_group);
-          const int64_t first = b * tiles / blocks, last = (b + 1) * tiles / blocks;
-          if (each && (b == 0 || i == begin))
-            for (int64_t s = 0; s < groups * sets; ++s)
-              pack(first_group * sets + s, own.get() + s * set_size);
-          const T* const all_packed = kept ? kept.get() : shared.get();
-          const T* const packed = each ? own.get() : all_packed + first_group * group_size;
-          for (int64_t g = 0; g < groups; ++g) {
-            Part<T> of_group(a, first_group + g);
-            of_group.problem.in_depth = groups * a.depth;
-            if (g == 0) kernels.input(of_group.problem, first, last, inputs.get(), 0, block);
-            for (int64_t s = 0; s < sets; ++s)
-              kernels.output(of_group.problem, first, last, inputs.get() + g * a.depth, 0, block, s,
-                             packed + g * group_size + s * set_size, scratch.get());
-          }
+  share_out(bundles * blocks, grain(tile_cost * block * together), 1, [&] {
+    return [&, own = buffer<T>(each ? together * group_size : 0),
+            inputs = buffer<T>(kernels.input_size(together * a.depth, block)),
+            scratch = buffer<T>(kernels.product_size(block)),
+            own_bundle = int64_t(-1)](int64_t begin, int64_t end) mutable {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t b = i % blocks, bundle = i / blocks, first_group = bundle * together;
+        const int64_t groups = std::min(together, conv.groups - first_group);
+        const int64_t first = b * tiles / blocks, last = (b + 1) * tiles / blocks;
+        if (each && bundle != own_bundle)
+          for (int64_t s = 0; s < groups * sets; ++s)
+            pack(first_group * sets + s, own.get() + s * set_size);
+        own_bundle = bundle;
+        const T* const all_packed = kept ? kept.get() : shared.get();
+        const T* const packed = each ? own.get() : all_packed + first_group * group_size;
+        for (int64_t g = 0; g < groups; ++g) {
+          Part<T> of_group(a, first_group + g);
+          of_group.problem.in_depth = groups * a.depth;
+          if (g == 0) kernels.input(of_group.problem, first, last, inputs.get(), 0, block);
+          for (int64_t s = 0; s < sets; ++s)
+            kernels.output(of_group.problem, first, last, inputs.get() + g * a.depth, 0, block, s,
+                           packed + g * group_size + s * set_size, scratch.get());
         }
-      });
+      }
+    };
+  });
 }
 
 }  // namespace
@@ -207,21 +211,24 @@ void winograd_weight_grad(const Conv& conv, Algorithm algorithm, const T* g, int
   }
   const auto inputs = buffer<T>(plan.inputs), grads = buffer<T>(plan.grads);
   const auto transform = [&](int64_t first, int64_t last) {
-    torch::stable::parallel_for(first, last, grain(kTransform * (conv.c + conv.k)),
-                                [&](int64_t begin, int64_t end) {
-                                  kernels.tiles(a, begin, end, first, inputs.get(), grads.get());
-                                });
+    share_out(last - first, grain(kTransform * (conv.c + conv.k)), range_of(last - first, 1), [&] {
+      return [&](int64_t begin, int64_t end) {
+        kernels.tiles(a, first + begin, first + end, first, inputs.get(), grads.get());
+      };
+    });
   };
   const int64_t unit_cost = plan.chunk * plan.unit_size;
   if (plan.chunk == plan.tiles) {
     // All at once: a unit's sums become gradients while they are in cache.
     transform(0, plan.tiles);
-    torch::stable::parallel_for(0, plan.units, grain(unit_cost), [&](int64_t begin, int64_t end) {
-      const auto sums = buffer<T>(plan.unit_size);
-      for (int64_t u = begin; u < end; ++u) {
-        kernels.sums(a, u, 0, plan.sums, plan.tiles, inputs.get(), grads.get(), sums.get(), false);
-        kernels.output(a, u, sums.get());
-      }
+    share_out(plan.units, grain(unit_cost), 1, [&] {
+      return [&, sums = buffer<T>(plan.unit_size)](int64_t begin, int64_t end) {
+        for (int64_t u = begin; u < end; ++u) {
+          kernels.sums(a, u, 0, plan.sums, plan.tiles, inputs.get(), grads.get(), sums.get(),
+                       false);
+          kernels.output(a, u, sums.get());
+        }
+      };
     });
     return;
   }
@@ -229,21 +236,22 @@ void winograd_weight_grad(const Conv& conv, Algorithm algorithm, const T* g, int
   for (int64_t first = 0; first < plan.tiles; first += plan.chunk) {
     const int64_t last = std::min(plan.tiles, first + plan.chunk);
     transform(first, last);
-    torch::stable::parallel_for(
-        0, plan.units * plan.sums, grain(unit_cost / plan.sums), [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin, next; i < end; i = next) {
-            const int64_t unit = i / plan.sums, q = i % plan.sums;
-            next = std::min(end, (unit + 1) * plan.sums);
-            kernels.sums(a, unit, q, q + next - i, last - first, inputs.get(), grads.get(),
-                         sums.get() + unit * plan.unit_size, first > 0);
-          }
-        });
+    share_out(plan.units * plan.sums, grain(unit_cost / plan.sums), 1, [&] {
+      return [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin, next; i < end; i = next) {
+          const int64_t unit = i / plan.sums, q = i % plan.sums;
+          next = std::min(end, (unit + 1) * plan.sums);
+          kernels.sums(a, unit, q, q + next - i, last - first, inputs.get(), grads.get(),
+                       sums.get() + unit * plan.unit_size, first > 0);
+        }
+      };
+    });
   }
-  torch::stable::parallel_for(0, plan.units, grain(plan.unit_size),
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t u = begin; u < end; ++u)
-                                  kernels.output(a, u, sums.get() + u * plan.unit_size);
-                              });
+  share_out(plan.units, grain(plan.unit_size), 1, [&] {
+    return [&](int64_t begin, int64_t end) {
+      for (int64_t u = begin; u < end; ++u) kernels.output(a, u, sums.get() + u * plan.unit_size);
+    };
+  });
 }
 
 template void winograd_forward(const Conv&, Algorithm, const Tensor&, const float*,
