@@ -96,9 +96,10 @@ void run_winograd(cpu::Winograd<T>& a, const Conv& conv, Algorithm algorithm, co
   const int64_t tile_cost = 16 * a.depth * a.width;
   if (kernels.input_size(a.depth, tiles) <= group_size && conv.groups <= sets) {
     // Fewer inputs than weights: those are kept, and each set's weights are packed where used.
-    // Products of a part take at most half of the second cache.
+    // Products of a part may take twice the second cache: they are written and read once, but every
+    // part reads all weights.
     const int64_t tile_bytes = kernels.product_size(1) * static_cast<int64_t>(sizeof(T));
-    const int64_t most = std::max<int64_t>(1, cpu::caches().l2 / 2 / tile_bytes);
+    const int64_t most = std::max<int64_t>(1, 2 * cpu::caches().l2 / tile_bytes);
     const int64_t parts = (tiles + most - 1) / most;
     const int64_t products = kernels.product_size((tiles + parts - 1) / parts);
     const auto inputs = buffer<T>(kernels.input_size(a.depth, tiles));
