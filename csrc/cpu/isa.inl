@@ -162,6 +162,8 @@ constexpr Kernels<T> make_kernels() {
           make_winograd<F2<T>>(),
           make_winograd<F4<T>>(),
           make_winograd<F2Of5<T>>(),
+          make_winograd<F2Stride2<T>>(),
+          make_winograd<F2Stride2Grad<T>>(),
           make_winograd<F4Stride2<T>>(),
           make_winograd<F4Stride2Grad<T>>(),
           make_winograd_weight<F2<T>>(),

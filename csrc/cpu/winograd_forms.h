@@ -130,10 +130,13 @@ struct F2 : UnitStride<T, 4, 3> {
   }
 };
 
-// The outer taps of a stride of 2, which meet every second input: four sums of two products each
-// with five products. The points 0, 1, -1, 1/2 and infinity.
-template <class T>
-struct TwoTaps {
+// The outer taps of a stride of 2, which meet every second input. Four sums of two products each
+// with five products: the points 0, 1, -1, 1/2 and infinity.
+template <class Type>
+struct FourOfTwoTaps {
+  using T = Type;
+  static constexpr int64_t kOut = 4, kPoints = 5;
+
   static void weight(Vec<T> a, Vec<T> b, Vec<T>* out, int64_t out_step) {
     out[0] = a;
     out[out_step] = (a + b) * T(0.5);
@@ -167,64 +170,108 @@ struct TwoTaps {
     out[3] = (y[0] + T(0.25) * y[2]) + (T(0.5) * y[1] + T(0.125) * y[3]);
     out[4] = y[3];
   }
-};
 
-// Points 0 to 4 are those of the outer taps, points 5 to 8 products with the middle tap.
-template <class Type>
-struct StrideTwo {
-  using T = Type;
-  static constexpr int64_t kPoints = 9, kWeights = 6, kTaps = 3;
-  static constexpr int64_t weight_of(int64_t point) { return point < 5 ? point : 5; }
-
-  static void weight(const Vec<T>* w, int64_t step, Vec<T>* out, int64_t out_step) {
-    TwoTaps<T>::weight(w[0], w[2 * step], out, out_step);
-    out[5 * out_step] = w[step];
+  static void weight_transposed(const Vec<T>* m, Vec<T>* a, Vec<T>* b) {
+    const Vec<T> one = m[1] * T(0.5), minus_one = m[2] * T(1. / 6), half = m[3] * T(4. / 3);
+    *a = m[0] + (one + minus_one) + T(2) * half;
+    *b = (one - minus_one) + half + m[4];
   }
 };
 
-// Stride 2: nine inputs give four outputs.
-template <class T>
-struct F4Stride2 : StrideTwo<T> {
-  static constexpr int64_t kIn = 9, kOut = 4;
+// Two sums with three products: the points 0, 1 and infinity.
+template <class Type>
+struct TwoOfTwoTaps {
+  using T = Type;
+  static constexpr int64_t kOut = 2, kPoints = 3;
+
+  static void weight(Vec<T> a, Vec<T> b, Vec<T>* out, int64_t out_step) {
+    out[0] = a;
+    out[out_step] = a + b;
+    out[2 * out_step] = b;
+  }
+
+  static void input(const Vec<T>* d, int64_t step, Vec<T>* out, int64_t out_step) {
+    out[0] = d[0] - d[step];
+    out[out_step] = d[step];
+    out[2 * out_step] = d[2 * step] - d[step];
+  }
+
+  static void output(const Vec<T>* m, Vec<T>* out, int64_t out_step) {
+    out[0] = m[0] + m[1];
+    out[out_step] = m[1] + m[2];
+  }
+};
+
+// The first points are those of the outer taps, the others products with the middle tap.
+template <class Outer>
+struct StrideTwo {
+  using T = typename Outer::T;
+  static constexpr int64_t kSums = Outer::kOut, kMiddle = Outer::kPoints, kTaps = 3,
+                           kPoints = kMiddle + kSums, kWeights = kMiddle + 1;
+  static constexpr int64_t weight_of(int64_t point) { return point < kMiddle ? point : kMiddle; }
+
+  static void weight(const Vec<T>* w, int64_t step, Vec<T>* out, int64_t out_step) {
+    Outer::weight(w[0], w[2 * step], out, out_step);
+    out[kMiddle * out_step] = w[step];
+  }
+};
+
+// Nine inputs give four outputs, or five give two.
+template <class Outer>
+struct StrideTwoOutput : StrideTwo<Outer> {
+  using Base = StrideTwo<Outer>;
+  using T = typename Outer::T;
+  using Base::kMiddle, Base::kSums;
+  static constexpr int64_t kOut = kSums, kIn = 2 * kSums + 1;
   static constexpr int64_t first_input(int64_t out) { return 2 * out; }
 
   static void input(const Vec<T>* d, Vec<T>* out, int64_t out_step) {
-    TwoTaps<T>::input(d, 2, out, out_step);
-    for (int64_t i = 0; i < 4; ++i) out[(5 + i) * out_step] = d[2 * i + 1];
+    Outer::input(d, 2, out, out_step);
+    for (int64_t i = 0; i < kSums; ++i) out[(kMiddle + i) * out_step] = d[2 * i + 1];
   }
 
   static void output(const Vec<T>* m, Vec<T>* out, int64_t out_step) {
-    TwoTaps<T>::output(m, out, out_step);
-    for (int64_t i = 0; i < 4; ++i) out[i * out_step] += m[5 + i];
+    Outer::output(m, out, out_step);
+    for (int64_t i = 0; i < kSums; ++i) out[i * out_step] += m[kMiddle + i];
   }
 
   static void output_transposed(const Vec<T>* y, Vec<T>* out) {
-    TwoTaps<T>::output_transposed(y, out);
-    for (int64_t i = 0; i < 4; ++i) out[5 + i] = y[i];
+    Outer::output_transposed(y, out);
+    for (int64_t i = 0; i < kSums; ++i) out[kMiddle + i] = y[i];
   }
 
   static void weight_transposed(const Vec<T>* m, Vec<T>* out) {
-    const Vec<T> one = m[1] * T(0.5), minus_one = m[2] * T(1. / 6), half = m[3] * T(4. / 3);
-    out[0] = m[0] + (one + minus_one) + T(2) * half;
-    out[1] = m[5];
-    out[2] = (one - minus_one) + half + m[4];
+    Outer::weight_transposed(m, out, out + 2);
+    out[1] = m[kMiddle];
   }
 };
 
-// Its transpose, with an odd padding: five gradients give those of eight inputs, of which the
-// first, third, ... meet only the middle tap.
-template <class T>
-struct F4Stride2Grad : StrideTwo<T> {
-  static constexpr int64_t kIn = 5, kOut = 8;
+// Its transpose, with an odd padding: five gradients give those of eight inputs, or three those of
+// four. The first, third, ... input meets only the middle tap.
+template <class Outer>
+struct StrideTwoGrad : StrideTwo<Outer> {
+  using Base = StrideTwo<Outer>;
+  using T = typename Outer::T;
+  using Base::kMiddle, Base::kSums;
+  static constexpr int64_t kIn = kSums + 1, kOut = 2 * kSums;
   static constexpr int64_t first_input(int64_t out) { return out / 2; }
 
   static void input(const Vec<T>* d, Vec<T>* out, int64_t out_step) {
-    TwoTaps<T>::input(d, 1, out, out_step);
-    for (int64_t i = 0; i < 4; ++i) out[(5 + i) * out_step] = d[i];
+    Outer::input(d, 1, out, out_step);
+    for (int64_t i = 0; i < kSums; ++i) out[(kMiddle + i) * out_step] = d[i];
   }
 
   static void output(const Vec<T>* m, Vec<T>* out, int64_t out_step) {
-    TwoTaps<T>::output(m, out + out_step, 2 * out_step);
-    for (int64_t i = 0; i < 4; ++i) out[2 * i * out_step] = m[5 + i];
+    Outer::output(m, out + out_step, 2 * out_step);
+    for (int64_t i = 0; i < kSums; ++i) out[2 * i * out_step] = m[kMiddle + i];
   }
 };
+
+template <class T>
+using F4Stride2 = StrideTwoOutput<FourOfTwoTaps<T>>;
+template <class T>
+using F4Stride2Grad = StrideTwoGrad<FourOfTwoTaps<T>>;
+template <class T>
+using F2Stride2 = StrideTwoOutput<TwoOfTwoTaps<T>>;
+template <class T>
+using F2Stride2Grad = StrideTwoGrad<TwoOfTwoTaps<T>>;

@@ -57,9 +57,10 @@ Algorithm fastest(const Conv& conv, Result result) {
     // Where it takes clearly less than the direct kernels, for a gradient one for each phase.
     const int64_t edge = backward ? 8 : 4;
     const double direct = backward ? 0.85 * 9 / 4 : 0.92 * 9;
-    const bool gains = work.tiles(edge) * conv.group_in() >= kFewestByTwo &&
-                       cost(work, edge, 81, 1.2, 20) < direct;
-    return gains ? Algorithm::winograd4 : Algorithm::direct;
+    const double four = cost(work, edge, 81, 1.2, 20), two = cost(work, edge / 2, 25, 1.1, 22);
+    if (work.tiles(edge) * conv.group_in() < kFewestByTwo) return Algorithm::direct;
+    if (four < direct && four <= two) return Algorithm::winograd4;
+    return two < direct ? Algorithm::winograd2 : Algorithm::direct;
   }
   const double direct = 9, four = cost(work, 4, 36, 1.2, 20), two = cost(work, 2, 16, 1.1, 22);
   if (work.tiles(4) >= kFewestTiles && four < direct && four <= two) return Algorithm::winograd4;
@@ -106,20 +107,21 @@ Algorithm choose_algorithm(const char* op, const Conv& conv, const std::string& 
             ": algorithm must be 'auto', 'direct', 'winograd2' or 'winograd4', not '", name, "'");
   const bool by_one = both(conv.stride, 1), by_two = both(conv.stride, 2);
   const bool five = conv.kh == 5 && conv.kw == 5 && by_one && name != "winograd2";
-  const bool with_two = by_two && both(conv.dilation, 1) && name != "winograd2";
+  const bool with_two = by_two && both(conv.dilation, 1);
   const bool three = conv.kh == 3 && conv.kw == 3 && (by_one || with_two);
   const bool possible = three || five;
   MNP_CHECK(possible || name == "auto" || name == "direct", op, ": algorithm '", name,
-            "' needs a 3x3 kernel with stride 1",
-            name == "winograd4" ? ", or 2 and dilation 1, or a 5x5 one with stride 1" : "",
-            ", not ", conv.kh, "x", conv.kw, ", stride ", conv.stride[0], "x", conv.stride[1],
-            " and dilation ", conv.dilation[0], "x", conv.dilation[1]);
+            "' needs a 3x3 kernel with stride 1, or 2 and dilation 1",
+            name == "winograd4" ? ", or a 5x5 one with stride 1" : "", ", not ", conv.kh, "x",
+            conv.kw, ", stride ", conv.stride[0], "x", conv.stride[1], " and dilation ",
+            conv.dilation[0], "x", conv.dilation[1]);
   const bool plain = name == "auto" || name == "direct";
   if (plain && backward && is_image(conv, type)) return Algorithm::image;
   // With stride 2, only odd paddings have gradients of the input by Winograd.
   const bool even = conv.padding[0] % 2 == 0 || conv.padding[1] % 2 == 0;
+  const bool lacks_weights = five || conv.groups > 1 || (by_two && name == "winograd2");
   const bool lacks =
-      (backward && by_two && even) || (result == Result::weight_grad && (five || conv.groups > 1));
+      (backward && by_two && even) || (result == Result::weight_grad && lacks_weights);
   if (possible && !lacks && name == "winograd2") return Algorithm::winograd2;
   if (possible && !lacks && name == "winograd4") return Algorithm::winograd4;
   if (name != "auto" || type != ScalarType::Float) return Algorithm::direct;

@@ -12,8 +12,10 @@ template <class T>
 const cpu::WinogradKernels<T>& kernels_for(const cpu::Kernels<T>& all, const Conv& conv,
                                            Algorithm algorithm, bool transposed) {
   if (conv.kh == 5) return all.winograd2_of_5;
-  if (conv.stride[0] == 2) return transposed ? all.winograd4_stride2_grad : all.winograd4_stride2;
-  return algorithm == Algorithm::winograd2 ? all.winograd2 : all.winograd4;
+  const bool two = algorithm == Algorithm::winograd2;
+  if (conv.stride[0] == 1) return two ? all.winograd2 : all.winograd4;
+  if (transposed) return two ? all.winograd2_stride2_grad : all.winograd4_stride2_grad;
+  return two ? all.winograd2_stride2 : all.winograd4_stride2;
 }
 
 // The first group's part of the convolution, without its output.

@@ -112,8 +112,9 @@ def draw_conv(draw: random.Random, algorithm: str) -> Conv:
     pair = lambda low, high: (draw.randint(low, high), draw.randint(low, high))  # noqa: E731
     kernel = (3, 3) if winograd else draw.choice([(1, 1), (3, 3), (5, 5), pair(1, 4)])
     stride, dilation = ((1, 1), (1, 1)) if winograd else (pair(1, 3), pair(1, 3))
-    if algorithm == "winograd4":
-        kernel, stride = draw.choice([((3, 3), (1, 1)), ((3, 3), (2, 2)), ((5, 5), (1, 1))])
+    if winograd:
+        kinds = [((3, 3), (1, 1)), ((3, 3), (2, 2)), ((5, 5), (1, 1))]
+        kernel, stride = draw.choice(kinds[: 3 if algorithm == "winograd4" else 2])
     if winograd and stride == (1, 1) and draw.random() < 0.3:
         dilation = pair(1, 3)
     kinds = ["dense", "dense", "grouped", "narrow", "depthwise", "depthwise square", "blocks"]
