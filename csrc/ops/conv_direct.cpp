@@ -135,7 +135,8 @@ void compute(const cpu::Kernels<T>& kernels, const cpu::Direct<T>& a, int64_t be
 }
 
 // How weights are packed where each thread packs those of its own panels: one where it is used, or
-// as many as stay in the second cache, for many pixels, or where these are neighbours in memory.
+// as many as stay in the second cache, for many pixels, or where these are neighbours in memory,
+// but so few that all threads get some.
 template <class T>
 struct OwnPanels {
   int64_t panels, size, most;  // all of them, elements of one, and how many are packed at a time
@@ -146,7 +147,8 @@ struct OwnPanels {
     one.width = std::min(one.width, kernels.panel);
     size = kernels.panels_size(one);
     const int64_t bytes = std::max<int64_t>(1, size * int64_t(sizeof(T)));
-    const int64_t fit = std::max<int64_t>(1, cpu::caches().l2 / 4 / bytes);
+    const int64_t share = panels / torch::stable::get_num_threads();
+    const int64_t fit = std::max<int64_t>(1, std::min(share, cpu::caches().l2 / 4 / bytes));
     most = pixels <= weights.width && weights.weights.stride_j != 1 ? 1 : fit;
   }
   // How often each thread passes over all pixels.

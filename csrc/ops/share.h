@@ -9,11 +9,12 @@
 
 namespace mnp::ops {
 
-// Items of a range, so that each thread has a few of them: a multiple of `unit`.
+// Items of a range, so that each thread has a few of them: a multiple of `unit`, if that is not 0.
 inline int64_t range_of(int64_t count, int64_t unit) {
   constexpr int64_t kRanges = 16;
   const int64_t each = count / (torch::stable::get_num_threads() * kRanges);
-  return std::max(unit, each / unit * unit);
+  const int64_t whole = std::max<int64_t>(1, unit);
+  return std::max(whole, each / whole * whole);
 }
 
 // Computes items [0, count) in ranges of `range` of them, with at most a thread for each `grain`

@@ -240,6 +240,16 @@ def test_double_backward_is_refused():
         dx.sum().backward()
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_images_without_rows(stride):
+    x = torch.ones(2, 3, 0, 5, requires_grad=True)
+    bias = torch.randn(4)
+    y = masked_conv2d(x, torch.ones(4, 3, 3, 3), bias=bias, stride=stride, padding=2)
+    assert torch.equal(y, bias[:, None, None].expand_as(y))
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+
+
 def test_nan_and_infinity_go_through():
     x = torch.zeros(1, 1, 1, 2)
     x[..., 0], x[..., 1] = float("nan"), float("inf")
