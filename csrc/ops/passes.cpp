@@ -1,5 +1,7 @@
 #include "passes.h"
 
+#include <algorithm>
+
 #include "share.h"
 
 namespace mnp::ops {
