@@ -52,6 +52,7 @@ template <class T>
 struct Direct {
   const T* input;  // NHWC, in_stride elements from a pixel to the next
   int64_t in_h, in_w, in_stride;
+  int64_t first_row;  // among the rows of all samples, the one where `input` begins: direct_rows
   int64_t groups;
   int64_t depth;    // input channels of a group
   int64_t width;    // output channels of a group

@@ -49,24 +49,30 @@ Taps row_taps(const Conv& conv) {
   return taps;
 }
 
-// The images with zeros around them.
+// Rows [begin, end) of all images with zeros around them.
 template <class T>
-Buffer<T> pad(const Conv& conv, const T* x) {
+void pad(const Conv& conv, const T* x, int64_t begin, int64_t end, T* padded) {
   const int64_t h = conv.h + 2 * conv.padding[0], w = conv.w + 2 * conv.padding[1];
   const int64_t left = conv.padding[1] * conv.c, row = conv.w * conv.c;
-  auto padded = buffer<T>(conv.n * h * w * conv.c);
-  torch::stable::parallel_for(0, conv.n * h, grain(w * conv.c), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      T* to = padded.get() + i * w * conv.c;
-      const int64_t from = i % h - conv.padding[0];
-      if (from < 0 || from >= conv.h) {
-        std::fill_n(to, w * conv.c, T(0));
-        continue;
-      }
-      std::fill_n(to, left, T(0));
-      std::copy_n(x + (i / h * conv.h + from) * row, row, to + left);
-      std::fill_n(to + left + row, left, T(0));
+  for (int64_t i = begin; i < end; ++i, padded += w * conv.c) {
+    const int64_t from = i % h - conv.padding[0];
+    if (from < 0 || from >= conv.h) {
+      std::fill_n(padded, w * conv.c, T(0));
+      continue;
     }
+    std::fill_n(padded, left, T(0));
+    std::copy_n(x + (i / h * conv.h + from) * row, row, padded + left);
+    std::fill_n(padded + left + row, left, T(0));
+  }
+}
+
+template <class T>
+Buffer<T> pad_all(const Conv& conv, const T* x) {
+  const int64_t rows = conv.n * (conv.h + 2 * conv.padding[0]);
+  const int64_t row = (conv.w + 2 * conv.padding[1]) * conv.c;
+  auto padded = buffer<T>(rows * row);
+  torch::stable::parallel_for(0, rows, grain(row), [&](int64_t begin, int64_t end) {
+    pad(conv, x, begin, end, padded.get() + begin * row);
   });
   return padded;
 }
@@ -125,11 +131,36 @@ struct Part {
   }
 };
 
+// How a convolution's pixels are computed.
+enum class Way { any, rows, padded_rows };
+
+// Pixels [begin, end) of padded images, a sample's after the other's, in parts whose inputs stay in
+// the second cache: of these alone zeros are put around.
 template <class T>
-void compute(const cpu::Kernels<T>& kernels, const cpu::Direct<T>& a, int64_t begin, int64_t end,
-             bool in_rows) {
+void compute_padded(const Conv& conv, cpu::Direct<T> a, int64_t begin, int64_t end) {
+  const int64_t row = a.in_w * a.in_stride, span = (conv.kh - 1) * conv.dilation[0] + 1;
+  const int64_t fit = a.l2 / 4 / (row * static_cast<int64_t>(sizeof(T)));
+  const int64_t most = std::max<int64_t>(1, (fit - span) / a.step_h + 1);
+  const auto padded = buffer<T>(((most - 1) * a.step_h + span) * row);
+  const T* const x = a.input;
+  a.input = padded.get();
+  while (begin < end) {
+    const int64_t out_row = begin / a.cols, i = out_row % a.rows;
+    const int64_t rows = std::min({most, a.rows - i, (end - 1) / a.cols - out_row + 1});
+    a.first_row = out_row / a.rows * a.in_h + i * a.step_h;
+    pad(conv, x, a.first_row, a.first_row + (rows - 1) * a.step_h + span, padded.get());
+    const int64_t stop = std::min(end, (out_row + rows) * a.cols);
+    cpu::kernels_of<T>().direct_rows(a, begin, stop);
+    begin = stop;
+  }
+}
+
+template <class T>
+void compute(const cpu::Kernels<T>& kernels, const Conv& conv, const cpu::Direct<T>& a,
+             int64_t begin, int64_t end, Way way) {
   if (begin == end) return;
-  if (in_rows) return kernels.direct_rows(a, begin, end);
+  if (way == Way::rows) return kernels.direct_rows(a, begin, end);
+  if (way == Way::padded_rows) return compute_padded(conv, a, begin, end);
   const auto scratch = buffer<char>(kernels.direct_scratch(a));
   kernels.direct(a, begin, end, scratch.get());
 }
@@ -161,8 +192,9 @@ struct OwnPanels {
 // Each thread computes all pixels of its own panels, and packs these, if they are not `kept`
 // packed.
 template <class T>
-void run_by_panels(const std::vector<Part<T>>& parts, const cpu::PackPanels<T>& weights,
-                   const OwnPanels<T>& own, int64_t pixels, const T* kept, bool in_rows) {
+void run_by_panels(const std::vector<Part<T>>& parts, const Conv& conv,
+                   const cpu::PackPanels<T>& weights, const OwnPanels<T>& own, int64_t pixels,
+                   const T* kept, Way way) {
   const auto& kernels = cpu::kernels_of<T>();
   const cpu::Epilogue<T>& epilogue = *parts[0].direct.epilogue;
   share_out(own.panels, grain(own.size * pixels), own.most, [&] {
@@ -178,7 +210,7 @@ void run_by_panels(const std::vector<Part<T>>& parts, const cpu::PackPanels<T>& 
           cpu::Direct<T> a = part.direct;
           a.panels = kept ? kept + p * own.size : packed.get(), a.width = some.width;
           a.output += first, a.epilogue = &e;
-          compute(kernels, a, 0, part.pixels, in_rows);
+          compute(kernels, conv, a, 0, part.pixels, way);
         }
       }
     };
@@ -229,13 +261,18 @@ void run(std::vector<Part<T>> parts, const Conv& conv, const cpu::PackPanels<T>&
   const bool in_rows = equal_distances && (one_row || first.cols >= 8) && (few || first.in_h == 1);
   const int64_t read = conv.n * first.in_h * first.in_w * first.in_stride;
   if (in_rows && one_row) parts[0].join(conv.n);
+  const bool is_padded =
+      conv.reads_rows() && equal_distances && (conv.padding[0] > 0 || conv.padding[1] > 0);
+  const Way way = !in_rows ? Way::any : is_padded ? Way::padded_rows : Way::rows;
+  const auto padded = is_padded && !in_rows ? pad_all(conv, first.input) : nullptr;
+  if (padded) parts[0].direct.input = padded.get();
   // What one thread packs, the other ones would get slowly; but all are to have panels, and images
   // are not to be read too often for it.
   const OwnPanels<T> own(weights, pixels);
   const bool by_thread = !kept && !few && panels >= 4 * torch::stable::get_num_threads() &&
                          own.passes() * read <= 16 * size;
   if (conv.groups == 1 && (pixels <= weights.width || by_thread))
-    return run_by_panels(parts, weights, own, pixels, kept.get(), in_rows);
+    return run_by_panels(parts, conv, weights, own, pixels, kept.get(), way);
   // Each thread packs few weights for itself, if it has much to do with them: that takes less time
   // than to get them from another.
   const bool each = !kept && few && pixels >= 32 * torch::stable::get_num_threads();
@@ -245,7 +282,8 @@ void run(std::vector<Part<T>> parts, const Conv& conv, const cpu::PackPanels<T>&
   // tiles of a long row, images, or rows that are computed together.
   constexpr int64_t kTiles = 48, kRows = 4;
   const bool images = conv.n >= 4 * torch::stable::get_num_threads();
-  const int64_t unit = in_rows ? kTiles : images ? most / conv.n : kRows * first.cols;
+  const int64_t rows = way == Way::padded_rows ? first.cols : kRows * first.cols;
+  const int64_t unit = way == Way::rows ? kTiles : images && !in_rows ? most / conv.n : rows;
   share_out(most, grain(products / std::max<int64_t>(1, most)), range_of(most, unit), [&] {
     auto packed = buffer<T>(each ? size : 0);
     if (each) kernels.pack_panels(weights, 0, panels, packed.get());
@@ -253,7 +291,7 @@ void run(std::vector<Part<T>> parts, const Conv& conv, const cpu::PackPanels<T>&
       for (const Part<T>& part : parts) {
         cpu::Direct<T> a = part.direct;
         a.panels = kept ? kept.get() : each ? packed.get() : shared.get();
-        compute(kernels, a, begin * part.pixels / most, end * part.pixels / most, in_rows);
+        compute(kernels, conv, a, begin * part.pixels / most, end * part.pixels / most, way);
       }
     };
   });
@@ -295,9 +333,6 @@ void direct_forward(const Conv& conv, const Tensor& weight, const T* x,
   a.out_step_h = a.out_step_w = 1;
   a.epilogue = &epilogue;
   if (conv.reads_rows()) {
-    const bool is_padded = conv.padding[0] > 0 || conv.padding[1] > 0;
-    const auto padded = is_padded ? pad(conv, x) : nullptr;
-    if (is_padded) a.input = padded.get();
     a.in_h += 2 * conv.padding[0], a.in_w += 2 * conv.padding[1];
     a.depth *= conv.kw;
     const Taps rows = row_taps(conv);
