@@ -30,7 +30,7 @@ template <class T, int K, int Step, int R, bool Whole>
   const int64_t next = a.out_step_w * a.out_stride, under = a.out_step_h * a.out_w * a.out_stride;
   const int64_t out = (row + a.out_origin_w + at.j * a.out_step_w) * a.out_stride;
   T* const output = a.output;
-  const T* const panels = a.panels;
+  const T* const panels = a.panels + a.panel_first * L;
   // Of the weights: from a row to the next, from a column to the next, and where the first one is.
   const int64_t step_h = taps.turned_h ? -K * L : K * L, step_w = taps.turned_w ? -L : L;
   const int64_t corner_at =
@@ -38,7 +38,7 @@ template <class T, int K, int Step, int R, bool Whole>
   for (int64_t first = begin; first < end; first += L) {
     const int64_t used = Whole ? L : end - first;
     const OutputLane<T> lane(&own, at.n, first, used);
-    const T* const corner = panels + first * K * K + corner_at;
+    const T* const corner = panels + first * a.panel_depth + corner_at;
     const auto weight = [&](int64_t r, int64_t c) __attribute__((always_inline)) {
       return load<T>(corner + r * step_h + c * step_w);
     };

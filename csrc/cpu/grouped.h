@@ -191,9 +191,10 @@ struct GroupedOutputs {
   template <class K>
   BlockWeights<T> weights(const Direct<T>& a, const GridTaps& taps) const {
     const Panels<T> shape{a.width};
-    const int64_t size = a.taps * a.depth, panel = part / 2;
+    const int64_t size = a.panel_depth, panel = part / 2;
     const int64_t lanes = W > 0 ? L : shape.lanes(panel);
-    BlockWeights<T> w{a.panels, lanes, K::kWidth * a.depth * lanes, a.depth * lanes};
+    BlockWeights<T> w{a.panels + a.panel_first * lanes, lanes, K::kWidth * a.depth * lanes,
+                      a.depth * lanes};
     if constexpr (W > 0)
       w.first += first * size;
     else

@@ -53,8 +53,8 @@ template <class T, int W, int R, int V, bool Whole>
     prefetch_outputs<V * L>(a, places[i].element + written + first);
     if (a.taps > 0) prefetch<V * L>(reads.at(a.taps - 1)[i] + read + first, false);
   }
-  const T* panel = a.panels + first * a.taps * W;
-  const int64_t next = a.taps * W * L;
+  const T* panel = a.panels + first * a.panel_depth + a.panel_first * L;
+  const int64_t next = a.panel_depth * L;
   for (int64_t q = 0; q < a.taps; ++q, panel += W * L) {
     if (reads.template outside<R>(q)) continue;
     const T* const* rows = reads.at(q);

@@ -234,7 +234,9 @@ void run(std::vector<Part<T>> parts, const Conv& conv, const cpu::PackPanels<T>&
   }
   const cpu::Direct<T>& first = parts[0].direct;
   const auto& widest = cpu::kernels_of<T>();
-  const bool fills = conv.groups == 1 || widest.fills_vectors(first);
+  const bool fills = conv.groups == 1 || std::all_of(parts.begin(), parts.end(), [&](auto& part) {
+                       return widest.fills_vectors(part.direct);
+                     });
   const auto& kernels = fills ? widest : cpu::kernels_of_group<T>(weights.width);
   const int64_t panels = kernels.panels_count(weights), size = kernels.panels_size(weights);
   const auto pack_all = [&](T* packed) {
@@ -365,14 +367,11 @@ void direct_input_grad(const Conv& conv, const Tensor& weight, const T* g, int64
       a.panel_first = together.used * a.depth;
       if (taps.used == 0) {
         write_without_taps(a, conv);
-      } else if (conv.groups > 1) {  // only the kernel of one group reads a part of its panels
-        a.panel_first = 0;
-        run<T>({{a, conv, taps}}, conv, packing<T>(conv, weight, taps, true));
-      } else {
-        parts.emplace_back(a, conv, taps);
-        together.append(taps);
-        phases.push_back(std::move(taps));
+        continue;
       }
+      parts.emplace_back(a, conv, taps);
+      together.append(taps);
+      phases.push_back(std::move(taps));
     }
   if (!parts.empty())
     run(parts, conv, packing<T>(conv, weight, together, true), conv.is_pointwise());
