@@ -140,7 +140,7 @@ template <class T>
 void compute_padded(const Conv& conv, cpu::Direct<T> a, int64_t begin, int64_t end) {
   const int64_t row = a.in_w * a.in_stride, span = (conv.kh - 1) * conv.dilation[0] + 1;
   const int64_t fit = a.l2 / 4 / (row * static_cast<int64_t>(sizeof(T)));
-  const int64_t most = std::max<int64_t>(1, (fit - span) / a.step_h + 1);
+  const int64_t most = std::clamp<int64_t>((fit - span) / a.step_h + 1, 1, a.rows);
   const auto padded = buffer<T>(((most - 1) * a.step_h + span) * row);
   const T* const x = a.input;
   a.input = padded.get();
