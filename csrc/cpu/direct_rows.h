@@ -22,9 +22,11 @@ template <class T, int V, bool InParts, int R>
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) acc[i][v] = Vec<T>{};
-  // What the next tile writes and, with stride 1, reads.
+  // What the next tile writes, or the one behind it, where these are low; with stride 1 below what
+  // the next one reads.
+  constexpr int kLater = V > 2 ? 2 * R : R;
 #pragma GCC unroll 16
-  for (int i = 0; i < R; ++i) prefetch_outputs<V * L>(a, places[R + i].element + first);
+  for (int i = 0; i < R; ++i) prefetch_outputs<V * L>(a, places[kLater + i].element + first);
   const int64_t row = a.in_w * a.in_stride, step = a.step_w * a.in_stride;
   const T* const next = from + R * step;
   constexpr int kParts = InParts ? R : 1;
