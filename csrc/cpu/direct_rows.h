@@ -49,7 +49,7 @@ template <class T, int V, bool InParts, int R>
       const T* base[(R + 2) / 3];
 #pragma GCC unroll 16
       for (int i = 0; i < R; i += 3) base[i / 3] = from + a.tap_h[q] * row + i * step + begin;
-#pragma GCC unroll 4
+#pragma GCC unroll 3
       for (int64_t d = begin; d < end; ++d) {
         Vec<T> b[V];
 #pragma GCC unroll 4
