@@ -134,8 +134,8 @@ struct Part {
 // How a convolution's pixels are computed.
 enum class Way { any, rows, padded_rows };
 
-// Pixels [begin, end) of padded images, a sample's after the other's, in parts whose inputs stay in
-// the second cache: of these alone zeros are put around.
+// Pixels [begin, end) of padded images, in parts of one sample whose rows stay in the second cache:
+// zeros are put around these when they are read.
 template <class T>
 void compute_padded(const Conv& conv, cpu::Direct<T> a, int64_t begin, int64_t end) {
   const int64_t row = a.in_w * a.in_stride, span = (conv.kh - 1) * conv.dilation[0] + 1;
