@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .norm_means import NormMeans, channel_means, hooked
+from .channel_means import channel_means
+from .norm_means import NormMeans, hooked
 from .seeds import DRIFT
 from .suppression import given
 

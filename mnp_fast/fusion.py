@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from .channel_means import conv_means
 from .dataflow import kind_of, reads_facts, trace
 from .inplace import hidden_change
 from .layers import (
@@ -245,12 +246,18 @@ def run_region(region: Region, inputs: list[Any]) -> tuple[Tensor, ...]:
     """Several blocks, as one operator where that computes the same."""
     plan = region.plan(inputs)
     if plan is not None:
-        return plan.run(inputs)
+        made = list(plan.run(inputs))
+        for i, step in enumerate(region.means, len(region.outputs)):
+            bias = region.steps[step].conv.bias
+            made[i] = made[i] if bias is None else made[i] + bias
+        return tuple(made)
     values = list(inputs)
     for conv, norm, x, residual, relu, algorithm in region.steps:
         other = None if residual is None else values[residual]
         values.append(run_block(conv, norm, values[x], other, relu, algorithm))
-    return tuple(values[number] for number in region.outputs)
+    averaged = (region.steps[step] for step in region.means)
+    means = (conv_means(step.conv, values[step.x]) for step in averaged)
+    return (*(values[number] for number in region.outputs), *means)
 
 
 def _fits(residual: Any, x: Tensor, shape: tuple[int, ...]) -> bool:
@@ -407,18 +414,42 @@ def _replace_region(
             algorithm,
         )
 
+    means = _means_of(model.graph, blocks, modules)
+    inside |= means.keys()
     outputs = [block for block in blocks if not inside.issuperset(block.users)]
-    region = Region([step(block) for block in blocks], [number[block] for block in outputs])
+    region = Region(
+        [step(block) for block in blocks],
+        [number[block] for block in outputs],
+        [blocks.index(block) for block in means.values()],
+    )
     name = f"region_of_{blocks[0].name}"
     setattr(model, name, region)
     with model.graph.inserting_before(blocks[-1]):
         node = model.graph.create_node("get_attr", name)
         values = model.graph.call_function(run_region, (node, list(inputs)))
-        for i, block in enumerate(outputs):
+        for i, made in enumerate((*outputs, *means)):
             value = model.graph.call_function(operator.getitem, (values, i))
-            block.replace_all_uses_with(value, lambda user: user not in inside)
-    for block in reversed(blocks):
-        model.graph.erase_node(block)
+            made.replace_all_uses_with(value, lambda user: user not in inside)
+    for replaced in (*means, *reversed(blocks)):
+        model.graph.erase_node(replaced)
+
+
+def _means_of(
+    graph: fx.Graph, blocks: list[fx.Node], modules: dict[str, nn.Module]
+) -> dict[fx.Node, fx.Node]:
+    """Nodes that ask for the means of a block's convolution, and these blocks.
+
+    Of a masked convolution they are not those of what its weights compute.
+    """
+    asked: dict[Any, fx.Node] = {
+        node.args: node for node in graph.nodes if node.target is conv_means
+    }
+    found: dict[fx.Node, fx.Node] = {}
+    for block in blocks:
+        conv, _, x = cast("tuple[Any, ...]", block.args[:3])
+        if (conv, x) in asked and not isinstance(modules[conv.target], MaskedLayer):
+            found[asked[conv, x]] = block
+    return found
 
 
 def _restore_formats(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:

@@ -1,8 +1,7 @@
 """Channel means of batch norms' inputs, from a forward pass that may be fused.
 
-In a fused network there is no such input: norms are part of their block. But what a convolution
-gives on average it also gives for the average of what it reads, which is an output of the block
-before.
+In a fused network there is no such input: norms are part of their block, and what a block's
+convolution gives on average is one more output of the graph.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .channel_means import channel_means, conv_means
 from .fusion import FusedForward, block_graph, needs_own_forward, run_block, runnable
 
 Hook = Callable[[nn.Module, tuple[Any, ...]], Any]
@@ -34,7 +34,6 @@ class NormMeans:
         self.model, self.names = model, list(names)
         self.norms = [model.get_submodule(name) for name in self.names]
         self._graph: fx.GraphModule | None = None
-        self._convs: list[nn.Module | None] = []
         forward = vars(model).get("forward")
         if isinstance(forward, FusedForward):
             self._tap(block_graph(model, forward.algorithm))
@@ -46,11 +45,7 @@ class NormMeans:
         """
         if self._graph is None or needs_own_forward(self.model, list(self.model.modules())):
             return self._watched(images)
-        logits, *inputs = self._graph(images)
-        means = [
-            channel_means(x if conv is None else conv(_mean_image(x)))
-            for conv, x in zip(self._convs, inputs, strict=True)
-        ]
+        logits, *means = self._graph(images)
         return logits, torch.cat(means)
 
     def _watched(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,31 +55,24 @@ class NormMeans:
         return logits, torch.cat([means[norm] for norm in self.norms])
 
     def _tap(self, graph: fx.Graph) -> None:
-        """Make what the norms' blocks read outputs of the graph, if all norms are in it."""
-        read: dict[str, tuple[nn.Module | None, fx.Node]] = {}
+        """Make the means outputs of the graph, if all norms are in it."""
+        made_of: dict[str, tuple[fx.Node, ...]] = {}  # a norm's input, or convolution and its input
         for node in graph.nodes:
             if node.target is run_block and isinstance(node.args[1], fx.Node):
                 conv, norm, x = node.args[:3]
-                module = None if conv is None else self.model.get_submodule(str(conv.target))
-                read[str(norm.target)] = module, x
+                made_of[str(norm.target)] = (x,) if conv is None else (conv, x)
             elif node.op == "call_module" and node.args:
-                read[str(node.target)] = None, node.args[0]
-        if not all(name in read for name in self.names):
+                made_of[str(node.target)] = (node.args[0],)
+        if not all(name in made_of for name in self.names):
             return
-        self._convs = [read[name][0] for name in self.names]
         (output,) = graph.find_nodes(op="output")
-        output.args = ((output.args[0], *(read[name][1] for name in self.names)),)
+        with graph.inserting_before(output):
+            means = [
+                graph.call_function(conv_means if len(parts) == 2 else channel_means, parts)
+                for parts in map(made_of.__getitem__, self.names)
+            ]
+        output.args = ((output.args[0], *means),)
         self._graph = runnable(self.model, graph)
-
-
-def channel_means(x: Tensor) -> Tensor:
-    """Means (C,) over all but the channels of (N, C, *)."""
-    return x.mean([0, *range(2, x.dim())])
-
-
-def _mean_image(x: Tensor) -> Tensor:
-    """The mean (1, C, H, W) over images (N, C, H, W); fast where these are channels-last."""
-    return x.movedim(1, -1).mean(0, keepdim=True).movedim(-1, 1)
 
 
 @contextmanager

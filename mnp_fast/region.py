@@ -49,10 +49,14 @@ class Region:
         The blocks, in an order in which they can run.
     outputs
         Numbers of the values to return.
+    means
+        Numbers of the steps whose convolutions' means over samples and pixels to return as well.
     """
 
-    def __init__(self, steps: Sequence[Step], outputs: Sequence[int]) -> None:
-        self.steps, self.outputs = steps, outputs
+    def __init__(
+        self, steps: Sequence[Step], outputs: Sequence[int], means: Sequence[int] = ()
+    ) -> None:
+        self.steps, self.outputs, self.means = steps, outputs, means
 
     def plan(self, inputs: Sequence[Any]) -> Plan | None:
         """How to run on these inputs; None where the operator computes something else."""
@@ -61,7 +65,9 @@ class Region:
             plain = type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.dim() == 4
             if not plain or x.dtype != first.dtype or x.dtype not in (torch.float32, torch.float64):
                 return None
-        plan, shapes = Plan(self.outputs), [tuple(x.shape) for x in inputs]
+        values = len(inputs) + len(self.steps)
+        plan = Plan([*self.outputs, *(values + step for step in self.means)])
+        shapes = [tuple(x.shape) for x in inputs]
         for step in self.steps:
             weight = plan.add(step)
             shape = _output_size(shapes[step.x], weight.shape, *step.geometry)

@@ -90,6 +90,15 @@ def test_means_and_gradients_are_those_of_the_plain_network(name, fuse):
     torch.testing.assert_close(*grads)
 
 
+def test_a_fused_network_computes_no_convolution_twice():
+    plain = randomize(small_net())
+    means = NormMeans(wrap(plain).requires_grad_(False), norms_of(plain))
+    images = torch.randn(5, 3, 16, 16, dtype=torch.float64)
+    with torch.profiler.profile() as profile:
+        means(images)
+    assert not [event.key for event in profile.key_averages() if "conv" in event.key]
+
+
 @pytest.mark.parametrize("site", ["auto", "neuron", "norm", "filter"])
 def test_masks_below_one_count(site):
     plain = randomize(small_net())

@@ -148,19 +148,25 @@ struct ExpandNeurons {
   T* output;
 };
 
-// dz = dy * act'(z); g = dz * mask * scale; and per sample and neuron, summed over `inner`:
-// sums[0] = dz, sums[1] = dz * (scale * u + shift), sums[2] = dz * u. Any output may be null.
+// dz = dy * act'(z); g = dz * mask * scale + add_to_u; and per sample and neuron, summed over
+// `inner`: sums[0] = dz, sums[1] = dz * (scale * u + shift), sums[2] = dz * u. Any output may be
+// null. Where u was not kept, scale * u + shift is (z - bias - residual) / mask, and sums[2] stays
+// 0.
 template <class T>
 struct EpilogueGrad {
   NeuronLayout layout;
   const T* grad;
   const T* y;             // the forward's output, or null
   const uint8_t* active;  // which of them the ReLU let through, or null
-  const T* u;             // null when sums[1..2] are not wanted
+  const T* u;             // null when sums[1..2] are not wanted, or where there is z
+  const T* z;             // the forward's output, channels last, in place of u, or null
   const T* mask;
   int64_t mask_stride;
   const T* scale;
   const T* shift;
+  const T* bias;      // in z
+  const T* residual;  // in z, laid out as it, or null
+  const T* add_to_u;  // [neurons], or null
   T* dz;
   T* g;
   int64_t g_stride;  // channels last: from a pixel of g to the next

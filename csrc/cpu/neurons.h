@@ -75,6 +75,7 @@ void epilogue_grad_planes(const EpilogueGrad<T>& a, int64_t n, int64_t k) {
   const NeuronLayout& layout = a.layout;
   const int64_t at = (n * layout.neurons + k) * layout.inner;
   const T scale = a.scale[k], shift = a.shift[k], gain = a.mask[n * a.mask_stride + k] * scale;
+  const T more = a.add_to_u ? a.add_to_u[k] : T(0);
   Sums<T> total;
   for (int64_t start = 0; start < layout.inner; start += kPartial) {
     Sums<T> part;
@@ -82,7 +83,7 @@ void epilogue_grad_planes(const EpilogueGrad<T>& a, int64_t n, int64_t k) {
     for (int64_t i = at + start; i < at + stop; ++i) {
       const T dz = a.y && a.y[i] <= 0 ? T(0) : a.grad[i];
       if (a.dz) a.dz[i] = dz;
-      if (a.g) a.g[i] = dz * gain;
+      if (a.g) a.g[i] = dz * gain + more;
       part.dz += dz;
       if (a.u) {
         part.t += dz * (scale * a.u[i] + shift);
@@ -110,6 +111,7 @@ inline void prefetch_strip(const EpilogueGrad<T>& a, int64_t at, int64_t at_g) {
   __builtin_prefetch(a.grad + at);
   if (a.u) __builtin_prefetch(a.u + at);
   if (a.y) __builtin_prefetch(a.y + at);
+  if (a.residual) __builtin_prefetch(a.residual + at);
   if (a.dz) __builtin_prefetch(a.dz + at, 1);
   if (a.g) __builtin_prefetch(a.g + at_g, 1);
 }
@@ -122,7 +124,7 @@ template <class T, int V, bool Whole>
   constexpr int L = VecOf<T>::lanes;
   const EpilogueGrad<T> a = given;  // no store can change it
   const int64_t neurons = a.layout.neurons;
-  Vec<T> scale[V], shift[V], gain[V], sums[3][V];
+  Vec<T> scale[V], shift[V], gain[V], more[V], bias[V], inverse[V], sums[3][V];
   int64_t left[V];
 #pragma GCC unroll 2
   for (int v = 0; v < V; ++v) {
@@ -130,7 +132,10 @@ template <class T, int V, bool Whole>
     left[v] = Whole ? L : count - v * L;
     scale[v] = load_some<T>(a.scale + k, left[v]);
     shift[v] = load_some<T>(a.shift + k, left[v]);
-    gain[v] = load_some<T>(a.mask + n * a.mask_stride + k, left[v]) * scale[v];
+    const Vec<T> mask = load_some<T>(a.mask + n * a.mask_stride + k, left[v]);
+    gain[v] = mask * scale[v];
+    more[v] = a.add_to_u ? load_some<T>(a.add_to_u + k, left[v]) : Vec<T>{};
+    if (a.z) bias[v] = load_some<T>(a.bias + k, left[v]), inverse[v] = T(1) / mask;
 #pragma GCC unroll 3
     for (int s = 0; s < 3; ++s) sums[s][v] = Vec<T>{};
   }
@@ -142,11 +147,14 @@ template <class T, int V, bool Whole>
       // All loads first: one behind a store to the same place of another page would wait for it.
       Vec<T> dz = load_some<T>(a.grad + at, left[v]);
       const Vec<T> u = a.u ? load_some<T>(a.u + at, left[v]) : Vec<T>{};
+      Vec<T> z = a.z ? load_some<T>(a.z + at, left[v]) : Vec<T>{};
+      if (a.residual) z -= load_some<T>(a.residual + at, left[v]);
       if (a.y) dz = load_some<T>(a.y + at, left[v]) <= T(0) ? Vec<T>{} : dz;
       if (a.active) dz = load_flags<T>(a.active + at, left[v]) ? dz : Vec<T>{};
       if (a.dz) store_some<T>(a.dz + at, dz, left[v]);
-      if (a.g) store_some<T>(a.g + at_g, dz * gain[v], left[v]);
+      if (a.g) store_some<T>(a.g + at_g, dz * gain[v] + more[v], left[v]);
       sums[0][v] += dz;
+      if (a.z) sums[1][v] += dz * ((z - bias[v]) * inverse[v]);
       if (!a.u) continue;
       sums[1][v] += dz * (scale[v] * u + shift[v]);
       sums[2][v] += dz * u;

@@ -109,10 +109,11 @@ std::tuple<Tensor, Tensor> masked_conv2d(const Tensor& x, const Tensor& weight,
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_backward(
     const Tensor& grad, const MaybeTensor& x, const Ints& x_size, const Tensor& weight,
-    const MaybeTensor& y, const MaybeTensor& active, const MaybeTensor& u, const MaybeTensor& mask,
+    const MaybeTensor& y, const MaybeTensor& active, const KnownU& known, const MaybeTensor& mask,
     const MaybeTensor& scale, const MaybeTensor& shift, const Ints& stride, const Ints& padding,
     const Ints& dilation, int64_t groups, bool need_x, bool need_weight, bool need_residual,
-    bool need_sums, const std::string& algorithm, const MaybeTensor& add) {
+    bool need_sums, const std::string& algorithm, const MaybeTensor& add,
+    const MaybeTensor& add_to_u) {
   const char* op = "masked_conv2d_backward";
   const ScalarType type = compute_type(op, grad);
   MNP_CHECK(grad.is_cpu() && weight.is_cpu() && grad.scalar_type() == weight.scalar_type(), op,
@@ -123,7 +124,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_backward(
   const Tensor c = neuron_vector(op, "shift", shift, conv.k, 0, grad, type);
   const Algorithm for_x = choose_algorithm(op, conv, algorithm, type, Result::input_grad);
   const Algorithm for_weight = choose_algorithm(op, conv, algorithm, type, Result::weight_grad);
-  const Living living(conv, m, for_x);
+  // Neurons whose mask is 0 have a gradient of u all the same where one is given.
+  const Living living(conv, add_to_u ? Mask(op, std::nullopt, conv.n, conv.k, grad, type) : m,
+                      for_x);
   const Ints out_sizes{conv.n, conv.k, conv.oh, conv.ow};
   MNP_CHECK(sizes_of(grad) == out_sizes, op, ": grad must have the output's shape ",
             shape_of(out_sizes), ", not ", shape_of(grad));
@@ -132,12 +135,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_backward(
   MNP_CHECK(!active || (active->is_cpu() && active->scalar_type() == ScalarType::Byte &&
                         active->numel() == grad.numel()),
             op, ": active must be what conv2d_forward kept");
+  const MaybeTensor& u = known.u;
+  if (known.output) check_like(op, "output", *known.output, grad);
+  if (known.residual) check_like(op, "residual", *known.residual, grad);
   MNP_CHECK(!u || (u->is_cpu() && u->scalar_type() == type && u->numel() == grad.numel()), op,
             ": u must be what masked_conv2d kept");
 
   const Tensor dy = to_channels_last(as_type(grad, type));
-  MaybeTensor out, pre, more;
+  MaybeTensor out, pre, z, b, added, more, more_of_u;
   if (y) out = to_channels_last(as_type(*y, type));
+  if (known.output) {
+    z = to_channels_last(as_type(*known.output, type));
+    b = neuron_vector(op, "bias", known.bias, conv.k, 0, grad, type);
+  }
+  if (add_to_u) more_of_u = neuron_vector(op, "the gradient of u", add_to_u, conv.k, 0, grad, type);
+  if (known.residual) added = to_channels_last(as_type(*known.residual, type));
   if (add && need_x) {
     MNP_CHECK(add->is_cpu() && add->scalar_type() == grad.scalar_type() && sizes_of(*add) == x_size,
               op, ": add must have x's shape ", shape_of(x_size), ", dtype and device");
@@ -160,8 +172,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_backward(
     e.y = data_or_null<T>(out);
     e.active = data_or_null<uint8_t>(active);
     e.u = need_sums ? data_or_null<T>(pre) : nullptr;
+    e.z = need_sums ? data_or_null<T>(z) : nullptr;
+    e.residual = e.z ? data_or_null<T>(added) : nullptr;
     e.mask = data<T>(m.values), e.mask_stride = m.stride;
-    e.scale = data<T>(a), e.shift = data<T>(c);
+    e.scale = data<T>(a), e.shift = data<T>(c), e.bias = data_or_null<T>(b);
+    e.add_to_u = data_or_null<T>(more_of_u);
     e.dz = need_residual ? mutable_data<T>(dres) : nullptr;
     e.g = g.get(), e.g_stride = g_stride;
     e.sums = need_sums ? mutable_data<T>(sums) : nullptr;
@@ -200,9 +215,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
     int64_t groups, bool need_x, bool need_weight, bool need_residual, bool need_sums,
     const std::string& algorithm) {
   check_input("masked_conv2d_backward", x, weight);
-  const auto [dx, dw, dres, sums] = conv2d_backward(
-      grad, x, sizes_of(x), weight, y, std::nullopt, u, mask, scale, shift, stride, padding,
-      dilation, groups, need_x, need_weight, need_residual, need_sums, algorithm, std::nullopt);
+  const auto [dx, dw, dres, sums] =
+      conv2d_backward(grad, x, sizes_of(x), weight, y, std::nullopt, {u}, mask, scale, shift,
+                      stride, padding, dilation, groups, need_x, need_weight, need_residual,
+                      need_sums, algorithm, std::nullopt, std::nullopt);
   return {need_x ? in_format_of(x, dx) : dx, dw, need_residual ? in_format_of(x, dres) : dres,
           sums};
 }

@@ -31,7 +31,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_backward(
 // for what it has of the convolution's bias, the norm's weight, bias, mean and variance; and a bit
 // each for whether the mask multiplies the convolution's bias, the mean and the norm's bias.
 // `parts` has weight, mask, and these, of one block after the other; `eps` and `algorithms` are one
-// a block. `outputs` are the numbers of the values to return.
+// a block. `outputs` are the numbers of the values to return; those beyond the last value stand for
+// the mean (K,) of each block's u over samples and pixels.
 //
 // `needed` says of each of the inputs, then of the parts, whether it takes gradients; all are 0
 // where none is needed. Behind its outputs the forward returns what the backward needs.

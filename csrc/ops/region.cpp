@@ -2,11 +2,13 @@
 #include "conv.h"
 #include "image.h"
 #include "masked_conv2d.h"
+#include "passes.h"
 
 namespace mnp::ops {
 namespace {
 
 const char* const kOp = "mnp_fast region";
+constexpr double kSmallMask = 0.125;  // divided by smaller ones, the output's rounding errors grow
 
 struct Block {
   int64_t x, residual;
@@ -19,6 +21,7 @@ struct Block {
   bool needs_weight, needs[kVectors];
   int64_t first_part, parts[kVectors];  // where they are among all; -1 for those it has not
 
+  int64_t count() const { return weight.dim() > 0 ? weight.size(0) : 0; }
   bool needs_vectors() const { return needs[0] || needs[1] || needs[2] || needs[3]; }
   const char* activation() const { return relu ? "relu" : "none"; }
 };
@@ -41,12 +44,25 @@ class Reader {
   size_t at_ = 0;
 };
 
-// The blocks, and what of them takes gradients.
+bool has_small_values(const Tensor& mask) {
+  bool found = false;
+  with_type(mask.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const T* const values = data<T>(mask);
+    for (int64_t i = 0; i < mask.numel(); ++i)
+      if (!(values[i] >= T(kSmallMask) && values[i] <= 1)) found = true;
+  });
+  return found;
+}
+
+// The blocks, what of them takes gradients, and what the backward needs.
 struct Region {
   int64_t inputs;
   std::vector<Block> blocks;
-  std::vector<char> wanted;  // of each value, whether it takes gradients
-  std::vector<char> read;    // of each value, whether the gradient of a weight reads it
+  std::vector<char> wanted;    // of each value, whether it takes gradients
+  std::vector<char> returned;  // and whether the caller gets it, who may change it in place
+  std::vector<char> kept;      // and whether the backward reads it
+  std::vector<char> averaged;  // of each block, whether the caller gets the mean of u
 
   Region(int64_t input_count, const std::vector<Tensor>& tensors, const Ints& plan,
          const std::vector<double>& eps, const Names& algorithms, const Ints& outputs,
@@ -59,7 +75,7 @@ struct Region {
     Reader<Tensor> parts("parts", tensors);
     const auto needs = [&](int64_t part) { return needed[inputs + part] != 0; };
     wanted.assign(needed.begin(), needed.begin() + inputs);
-    read.assign(inputs + eps.size(), false);
+    kept.assign(inputs + eps.size(), false);
     for (const double e : eps) {
       Block b{};
       const auto value = [&](int64_t least) {
@@ -92,24 +108,36 @@ struct Region {
       if (given & 4) n.norm_bias = vector(kNormBias);
       if (given & 8) n.mean = parts.next();
       if (given & 16) n.var = parts.next();
-      if (b.needs_weight) read[b.x] = true;
+      if (b.needs_weight) kept[b.x] = true;
       wanted.push_back(wanted[b.x] || (b.residual >= 0 && wanted[b.residual]) || b.needs_weight ||
                        b.needs_vectors());
       blocks.push_back(std::move(b));
     }
     numbers.finish(), parts.finish();
-    for (const int64_t output : outputs)
-      MNP_CHECK(output >= 0 && output < static_cast<int64_t>(wanted.size()), kOp,
+    returned.assign(values(), false), averaged.assign(blocks.size(), false);
+    for (const int64_t output : outputs) {
+      MNP_CHECK(output >= 0 && output < values() + static_cast<int64_t>(blocks.size()), kOp,
                 ": there is no value ", output);
+      (output < values() ? returned[output] : averaged[output - values()]) = true;
+    }
   }
 
   int64_t values() const { return inputs + static_cast<int64_t>(blocks.size()); }
   int64_t output_of(const Block& b) const { return inputs + (&b - blocks.data()); }
-  // What a block keeps for the backward. The activity of a ReLU, a byte an element, is all that it
-  // needs of an output that no gradient of a weight reads.
-  static bool keeps_u(const Block& b) { return b.needs[kMask] || b.needs[kNormWeight]; }
+  static bool needs_u(const Block& b) { return b.needs[kMask] || b.needs[kNormWeight]; }
+  // Whether the backward can do with the output, and with the residual where there is one.
+  bool recovers_u(const Block& b) const {
+    const auto stays = [&](int64_t value) { return value >= inputs && !returned[value]; };
+    return b.needs[kMask] && !b.needs[kNormWeight] && stays(output_of(b)) &&
+           (b.residual < 0 || stays(b.residual)) && !has_small_values(b.neurons.mask);
+  }
+  void keep_output(const Block& b) {
+    kept[output_of(b)] = true;
+    if (b.residual >= 0) kept[b.residual] = true;
+  }
+  // The activity of a ReLU, a byte an element, where the output is not kept.
   bool keeps_active(const Block& b) const {
-    return b.relu && wanted[output_of(b)] && !read[output_of(b)];
+    return b.relu && wanted[output_of(b)] && !kept[output_of(b)];
   }
   // Of each value the last block that reads it, -1 if none does.
   std::vector<int64_t> last_reads() const {
@@ -121,6 +149,43 @@ struct Region {
     return last;
   }
 };
+
+// Whether the forward has put nothing in the place of u.
+bool is_recovered(const KnownU& known) { return known.u && known.u->dim() != 4; }
+
+// Means (K,) of images (N, K, H, W), channels-last.
+Tensor means_of(const Tensor& u) {
+  const int64_t batch = u.size(0), count = u.size(1), pixels = u.size(2) * u.size(3);
+  const Tensor ones = torch::stable::full({count}, 1, u.scalar_type());
+  Tensor sums = empty({3, batch, count}, u.scalar_type()), means = empty({count}, u.scalar_type());
+  with_type(u.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    cpu::EpilogueGrad<T> e{};  // whose first sums are those of what it is given
+    e.layout = {batch, count, pixels, true};
+    e.grad = data<T>(u), e.sums = mutable_data<T>(sums);
+    e.mask = e.scale = e.shift = data<T>(ones);
+    run_epilogue_grad(e);
+    for (int64_t k = 0; k < count; ++k) {
+      double total = 0;
+      for (int64_t n = 0; n < batch; ++n) total += e.sums[n * count + k];
+      mutable_data<T>(means)[k] = static_cast<T>(total / (batch * pixels));
+    }
+  });
+  return means;
+}
+
+// The gradient (K,) of each pixel by that of the means.
+Tensor gradient_of_means(const Tensor& grad, const Ints& sizes) {
+  check_vector(kOp, "the gradient of means", grad, sizes[1], grad, grad.scalar_type());
+  const Tensor given = to_contiguous(grad);
+  Tensor each = empty({sizes[1]}, grad.scalar_type());
+  with_type(grad.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    for (int64_t k = 0; k < sizes[1]; ++k)
+      mutable_data<T>(each)[k] = data<T>(given)[k] / (sizes[0] * sizes[2] * sizes[3]);
+  });
+  return each;
+}
 
 // The sum of two images, channels-last.
 Tensor sum_of(const Tensor& a, const Tensor& b) {
@@ -145,34 +210,43 @@ std::vector<Tensor> region_forward(const std::vector<Tensor>& inputs,
                                    const std::vector<double>& eps, const Names& algorithms,
                                    const Ints& outputs, const Ints& needed) {
   Region region(static_cast<int64_t>(inputs.size()), parts, plan, eps, algorithms, outputs, needed);
+  for (const Tensor& x : inputs)
+    MNP_CHECK(compute_type(kOp, x) == x.scalar_type(), kOp, ": inputs must be float32 or float64");
+  for (Block& b : region.blocks) {
+    b.neurons.prepare(kOp, b.count(), inputs[0]);
+    if (region.recovers_u(b)) region.keep_output(b);
+  }
   std::vector<int64_t> last = region.last_reads();
-  std::vector<char> stays = region.read;
-  for (const int64_t output : outputs) stays[output] = true;
   std::vector<MaybeTensor> values(inputs.begin(), inputs.end());
   std::vector<Tensor> kept_u, kept_active;
+  std::vector<MaybeTensor> means(region.blocks.size());
   for (size_t i = 0; i < region.blocks.size(); ++i) {
-    Block& b = region.blocks[i];
-    const int64_t neurons = b.weight.dim() > 0 ? b.weight.size(0) : 0;
+    const Block& b = region.blocks[i];
     const Tensor& x = *values[b.x];
-    b.neurons.prepare(kOp, neurons, x);
-    const Terms terms = b.neurons.terms(neurons, x.scalar_type());
-    const bool keep_u = region.keeps_u(b), keep_active = region.keeps_active(b);
-    auto [y, u, active] =
-        conv2d_forward(x, b.weight, b.neurons.mask, terms.scale, terms.shift, terms.bias,
-                       b.residual < 0 ? std::nullopt : values[b.residual], b.stride, b.padding,
-                       b.dilation, b.groups, b.activation(), keep_u, keep_active, b.algorithm);
+    const Terms terms = b.neurons.terms(b.count(), x.scalar_type());
+    const bool keep_u = region.needs_u(b) && !region.recovers_u(b);
+    const bool keep_active = region.keeps_active(b);
+    auto [y, u, active] = conv2d_forward(
+        x, b.weight, b.neurons.mask, terms.scale, terms.shift, terms.bias,
+        b.residual < 0 ? std::nullopt : values[b.residual], b.stride, b.padding, b.dilation,
+        b.groups, b.activation(), keep_u || region.averaged[i], keep_active, b.algorithm);
     values.emplace_back(std::move(y));
-    if (keep_u) kept_u.push_back(std::move(u));
+    if (region.averaged[i]) means[i] = means_of(u);
+    if (region.needs_u(b))
+      kept_u.push_back(keep_u ? std::move(u) : empty({0}, b.weight.scalar_type()));
     if (keep_active) kept_active.push_back(std::move(active));
     for (const int64_t number : {b.x, b.residual})
-      if (number >= 0 && last[number] == static_cast<int64_t>(i) && !stays[number])
+      if (number >= 0 && last[number] == static_cast<int64_t>(i) && !region.returned[number] &&
+          !region.kept[number])
         values[number].reset();
   }
   std::vector<Tensor> results;
-  for (const int64_t output : outputs) results.push_back(*values[output]);
-  for (int64_t number = region.inputs; number < region.values(); ++number)
-    if (region.read[number]) results.push_back(*values[number]);
+  for (const int64_t output : outputs)
+    results.push_back(output < region.values() ? *values[output]
+                                               : *means[output - region.values()]);
   results.insert(results.end(), kept_u.begin(), kept_u.end());
+  for (int64_t number = region.inputs; number < region.values(); ++number)
+    if (region.kept[number]) results.push_back(*values[number]);
   results.insert(results.end(), kept_active.begin(), kept_active.end());
   return results;
 }
@@ -189,11 +263,17 @@ std::vector<Tensor> region_backward(const std::vector<MaybeTensor>& given,
                 needed);
   const int64_t count = static_cast<int64_t>(region.blocks.size());
   Reader<Tensor> state("kept", kept);
-  std::vector<MaybeTensor> values(region.values()), us(count), actives(count);
-  for (int64_t number = 0; number < region.values(); ++number)
-    if (region.read[number]) values[number] = state.next();
+  std::vector<MaybeTensor> values(region.values()), actives(count);
+  std::vector<KnownU> known(count);
+  for (int64_t number = 0; number < region.inputs; ++number)
+    if (region.kept[number]) values[number] = state.next();
   for (int64_t i = 0; i < count; ++i)
-    if (region.keeps_u(region.blocks[i])) us[i] = state.next();
+    if (const Block& b = region.blocks[i]; region.needs_u(b)) {
+      known[i].u = state.next();
+      if (is_recovered(known[i])) region.keep_output(b);
+    }
+  for (int64_t number = region.inputs; number < region.values(); ++number)
+    if (region.kept[number]) values[number] = state.next();
   for (int64_t i = 0; i < count; ++i)
     if (region.keeps_active(region.blocks[i])) actives[i] = state.next();
   state.finish();
@@ -205,29 +285,41 @@ std::vector<Tensor> region_backward(const std::vector<MaybeTensor>& given,
     sizes.push_back({conv.n, conv.k, conv.oh, conv.ow});
   }
 
-  std::vector<MaybeTensor> grads(region.values());
-  for (size_t i = 0; i < outputs.size(); ++i) grads[outputs[i]] = given[i];
+  std::vector<MaybeTensor> grads(region.values()), mean_grads(count);
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    const int64_t block = outputs[i] - region.values();
+    (block < 0 ? grads[outputs[i]] : mean_grads[block]) = given[i];
+  }
   const auto add_to = [&](int64_t value, const Tensor& grad) {
     grads[value] = grads[value] ? sum_of(*grads[value], grad) : grad;
   };
   std::vector<Tensor> results(region.inputs + static_cast<int64_t>(parts.size()));
   for (int64_t i = count; i-- > 0;) {
     Block& b = region.blocks[i];
-    const int64_t number = region.output_of(b), neurons = b.weight.size(0);
-    const MaybeTensor grad = std::move(grads[number]);
+    const int64_t number = region.output_of(b);
+    MaybeTensor grad = std::move(grads[number]), add_to_u;
     grads[number].reset();
-    if (!grad || !region.wanted[number]) continue;
+    if (!region.wanted[number]) continue;
+    if (mean_grads[i]) {
+      add_to_u = gradient_of_means(*mean_grads[i], sizes[number]);
+      if (!grad) grad = torch::stable::full(sizes[number], 0, add_to_u->scalar_type());
+    }
+    if (!grad) continue;
     const bool need_x = region.wanted[b.x];
     const bool need_residual = b.residual >= 0 && region.wanted[b.residual];
     if (need_residual && !b.relu) add_to(b.residual, *grad);
-    b.neurons.prepare(kOp, neurons, *grad);
-    const Terms terms = b.neurons.terms(neurons, grad->scalar_type());
-    const auto [dx, dw, dz, sums] =
-        conv2d_backward(*grad, b.needs_weight ? values[b.x] : std::nullopt, sizes[b.x], b.weight,
-                        b.relu ? values[number] : std::nullopt, actives[i], us[i], b.neurons.mask,
-                        terms.scale, terms.shift, b.stride, b.padding, b.dilation, b.groups, need_x,
-                        b.needs_weight, need_residual && b.relu, b.needs_vectors(), b.algorithm,
-                        need_x ? grads[b.x] : std::nullopt);
+    b.neurons.prepare(kOp, b.count(), *grad);
+    const Terms terms = b.neurons.terms(b.count(), grad->scalar_type());
+    if (is_recovered(known[i])) {
+      const MaybeTensor residual = b.residual < 0 ? std::nullopt : values[b.residual];
+      known[i] = {std::nullopt, values[number], terms.bias, residual};
+    }
+    const auto [dx, dw, dz, sums] = conv2d_backward(
+        *grad, b.needs_weight ? values[b.x] : std::nullopt, sizes[b.x], b.weight,
+        b.relu ? values[number] : std::nullopt, actives[i], known[i], b.neurons.mask, terms.scale,
+        terms.shift, b.stride, b.padding, b.dilation, b.groups, need_x, b.needs_weight,
+        need_residual && b.relu, b.needs_vectors(), b.algorithm, need_x ? grads[b.x] : std::nullopt,
+        add_to_u);
     if (need_x) grads[b.x] = dx;
     if (need_residual && b.relu) add_to(b.residual, dz);
     if (b.needs_weight) results[region.inputs + b.first_part] = dw;

@@ -37,8 +37,8 @@ def chain(site, **options):
     return steps, [2, 3]
 
 
-def one_by_one(steps, inputs, outputs):
-    region = Region(steps, outputs)
+def one_by_one(steps, inputs, outputs, means=()):
+    region = Region(steps, outputs, means)
     region.plan = lambda inputs: None
     return run_region(region, inputs)
 
@@ -48,9 +48,9 @@ def tensors_of(steps):
     return [parameter for module in modules for parameter in module.parameters()]
 
 
-def outputs_and_gradients(run, steps, outputs, x):
+def outputs_and_gradients(run, steps, outputs, x, means=()):
     x = x.clone().requires_grad_(True)
-    made = run(steps, [x], outputs)
+    made = run(steps, [x], outputs, means)
     wanted = [t for t in (x, *tensors_of(steps)) if t.requires_grad]
     generator = torch.Generator().manual_seed(2)
     seeds = [torch.randn(y.shape, dtype=y.dtype, generator=generator) for y in made]
@@ -58,8 +58,8 @@ def outputs_and_gradients(run, steps, outputs, x):
     return [*made, *grads]
 
 
-def together(steps, inputs, outputs):
-    region = Region(steps, outputs)
+def together(steps, inputs, outputs, means=()):
+    region = Region(steps, outputs, means)
     assert region.plan(inputs) is not None
     return run_region(region, inputs)
 
@@ -68,9 +68,11 @@ def images(dtype=torch.float64):
     return torch.randn(3, 4, 7, 6, dtype=dtype)
 
 
-def assert_equal_to_one_by_one(steps, outputs):
+def assert_equal_to_one_by_one(steps, outputs, means=()):
     x = images()
-    ours, theirs = (outputs_and_gradients(run, steps, outputs, x) for run in (together, one_by_one))
+    ours, theirs = (
+        outputs_and_gradients(run, steps, outputs, x, means) for run in (together, one_by_one)
+    )
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.shape == other.shape
         assert relative_error(mine, other) <= 1e-12
@@ -108,6 +110,79 @@ def test_gradients_of_one_kind_alone(kind):
         for tensor in chosen:
             tensor.requires_grad_(True)
     assert_equal_to_one_by_one(steps, outputs)
+
+
+def shortcut(site):
+    """X -> a -> b without ReLU, c of a, the sum of both; then a block whose output is returned."""
+    first, second, third, last = (layers(c, 6, site, bias=True) for c in (4, 6, 6, 6))
+    steps = [
+        Step(*first, 0, None, True, "auto"),
+        Step(*second, 1, None, False, "auto"),
+        Step(*third, 1, 2, True, "auto"),
+        Step(*last, 3, 3, True, "auto"),
+    ]
+    for step in steps:
+        for part in (step.conv, step.norm):
+            for name, parameter in part.named_parameters():
+                parameter.requires_grad_(name == "mask")
+                if name == "mask":
+                    nn.init.uniform_(parameter, 0.125, 1)
+    return steps, [4]
+
+
+def images_kept(steps, outputs):
+    """How many images as large as the output are kept for the backward."""
+    x = images()
+    plan = Region(steps, outputs).plan([x])
+    made = plan.forward([x], plan.parts, [False, *(part.requires_grad for part in plan.parts)])
+    return sum(kept.numel() == made[0].numel() for kept in made[len(outputs) :])
+
+
+@pytest.mark.parametrize("site", ["norm", "neuron", "filter"])
+def test_u_is_recovered_from_outputs(site):
+    steps, outputs = shortcut(site)
+    assert_equal_to_one_by_one(steps, outputs)
+    # The outputs of the first three blocks; of the last one u, and which outputs are active.
+    assert images_kept(steps, outputs) == 5
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -0.5, 1.5, torch.nan, torch.inf])
+def test_u_is_kept_where_a_mask_is_small_or_strange(value):
+    steps, outputs = shortcut("norm")
+    steps[2].norm.mask.data[3] = value
+    # That block's u and activity, where its output was enough; the next one adds that output.
+    assert images_kept(steps, outputs) == 6
+    if abs(value) <= 1.5:
+        assert_equal_to_one_by_one(steps, outputs)
+
+
+def test_an_output_may_be_changed_in_place():
+    steps, _ = shortcut("norm")
+    masks = [step.norm.mask for step in steps]
+
+    def gradients(change):
+        made = together(steps, [images().fill_(0.5)], [1, 2, 3, 4])
+        total = sum(y.sum() for y in made)
+        if change:
+            for y in made:
+                y.add_(1)
+        return torch.autograd.grad(total, masks)
+
+    for changed, plain in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(changed, plain)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": True}, {"groups": 2}])
+@pytest.mark.parametrize("outputs", [[2, 3], [1], []], ids=str)
+def test_means_of_convolutions(options, outputs):
+    # Masks at 0, which a mean does not see, and blocks that only a mean comes back from.
+    steps, _ = chain("norm", **options)
+    assert_equal_to_one_by_one(steps, outputs, means=[2, 0, 1])
+
+
+def test_means_where_u_is_recovered():
+    steps, outputs = shortcut("norm")
+    assert_equal_to_one_by_one(steps, outputs, means=[1, 2])
 
 
 def test_a_mask_a_sample():
@@ -168,7 +243,7 @@ def test_statistics_that_take_gradients_run_one_by_one():
         ({"plan": [5]}, "a block reads value 5, of 1"),
         ({"parts": []}, "needed must have a number for each input and part"),
         ({"eps": []}, "eps and algorithms must be one a block"),
-        ({"outputs": [9]}, "there is no value 9"),
+        ({"outputs": [3]}, "there is no value 3"),
     ],
 )
 def test_plans_that_do_not_fit_are_refused(change, message):
