@@ -58,25 +58,27 @@ class _Kept:
         self.freeze()
 
     def freeze(self) -> None:
-        weight = self.layer.weight
-        self.memory = weight.detach()  # which nobody else can get while it is kept
-        self.version = _version(weight)
+        self.weight = self.layer.weight
+        self.memory = self.weight.detach()  # which nobody else can get while it is kept
+        self.address = self.memory.data_ptr()
+        # Tensors of inference mode have no version.
+        self.version = None if self.weight.is_inference() else self.weight._version
         if self.memory.device.type == "cpu":
-            _C.freeze_weights(self.memory.data_ptr())
+            _C.freeze_weights(self.address)
 
     def thaw(self) -> None:
         if self.memory.device.type == "cpu":
-            _C.thaw_weights(self.memory.data_ptr())
+            _C.thaw_weights(self.address)
 
     def refresh(self) -> None:
         weight = self.layer.weight
-        if weight.data_ptr() == self.memory.data_ptr() and _version(weight) == self.version:
+        if (
+            weight is self.weight
+            and weight.data_ptr() == self.address
+            and (self.version is None or weight._version == self.version)
+        ):
             return
         if self.memory.device.type == "cpu":
-            _C.forget_weights(self.memory.data_ptr())
+            _C.forget_weights(self.address)
         self.thaw()
         self.freeze()
-
-
-def _version(weight: torch.Tensor) -> int:
-    return 0 if weight.is_inference() else weight._version

@@ -69,6 +69,25 @@ _ANY_FORMAT = {
 }
 
 
+class Modules:
+    """The modules of a model, which are found anew only where some were replaced."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self._found: list[nn.Module] = []
+        self._children: list[tuple[dict[str, Any], list[Any]]] = []
+
+    def current(self) -> list[nn.Module]:
+        """All modules, as `modules()` has them; the same list as long as they are the same."""
+        if not self._found or any(
+            list(table.values()) != children for table, children in self._children
+        ):
+            self._found = list(self.root.modules())
+            tables = [module._modules for module in self._found]
+            self._children = [(table, list(table.values())) for table in tables]
+        return self._found
+
+
 class FusedForward:
     """The `forward` of a fused model; it belongs to `root` and is copied and pickled with it.
 
@@ -85,17 +104,24 @@ class FusedForward:
         self._graph: fx.GraphModule | None = None
         self._blocks: list[tuple[str, ...]] = []
         self._tensors: list[str] = []
-        self._seen: list[int] = []
+        self._modules = Modules(root)
+        self._seen: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # A graph holds the modules of its root, and a copy of the root has others.
-        return {**self.__dict__, "_graph": None, "_tensors": [], "_seen": []}
+        state = {**self.__dict__, "_graph": None, "_tensors": [], "_seen": []}
+        del state["_modules"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._modules = Modules(self.root)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        modules = list(self.root.modules())
+        modules = self._modules.current()
         if needs_own_forward(self.root, modules):
             return type(self.root).forward(self.root, *args, **kwargs)
-        return self._current(modules)(*args, **kwargs)
+        return self._current(modules).forward(*args, **kwargs)
 
     @property
     def __wrapped__(self) -> MethodType:
@@ -109,12 +135,12 @@ class FusedForward:
 
     def blocks(self) -> list[tuple[str, ...]]:
         """Names of the convolution and norm of every block, in the order they run."""
-        self._current(list(self.root.modules()))
+        self._current(self._modules.current())
         return self._blocks
 
     def _current(self, modules: list[nn.Module]) -> fx.GraphModule:
         """The graph, built anew where modules or tensors of the root were replaced."""
-        if self._graph is None or self._identities(modules) != self._seen:
+        if self._graph is None or not self._is_seen(modules):
             graph = block_graph(self.root, self.algorithm)
             read = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
             self._tensors = [
@@ -128,12 +154,15 @@ class FusedForward:
                 for node in blocks
             ]
             self._graph = runnable(self.root, graph)
-            self._seen = self._identities(modules)
+            self._seen = [modules, *self._read()]
         return self._graph
 
-    def _identities(self, modules: list[nn.Module]) -> list[int]:
-        tensors = [operator.attrgetter(name)(self.root) for name in self._tensors]
-        return [id(part) for part in (*modules, *tensors)]
+    def _is_seen(self, modules: list[nn.Module]) -> bool:
+        return all(map(operator.is_, self._seen, (modules, *self._read())))
+
+    def _read(self) -> list[Tensor]:
+        """Tensors that the graph reads by name."""
+        return [operator.attrgetter(name)(self.root) for name in self._tensors]
 
 
 def block_graph(masked: nn.Module, algorithm: str = "auto") -> fx.Graph:

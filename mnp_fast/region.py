@@ -131,9 +131,10 @@ class Plan:
         self, images: Sequence[Tensor], parts: Sequence[Tensor], needed: Sequence[bool]
     ) -> list[Tensor]:
         """The outputs, then what `backward` needs."""
-        return torch.ops.mnp_fast.region_forward(
-            images, parts, self.numbers, self.eps, self.algorithms, self.outputs, needed
-        )
+        with torch._C._AutoDispatchBelowAutograd():  # past its fallback, which reads all tensors
+            return torch.ops.mnp_fast.region_forward.default(
+                images, parts, self.numbers, self.eps, self.algorithms, self.outputs, needed
+            )
 
     def backward(
         self,
@@ -144,9 +145,11 @@ class Plan:
         sizes: Sequence[int],
     ) -> list[Tensor | None]:
         """Gradients of images and parts."""
-        return torch.ops.mnp_fast.region_backward(
-            grads, kept, parts, self.numbers, self.eps, self.algorithms, self.outputs, needed, sizes
-        )
+        plan = self.numbers, self.eps, self.algorithms, self.outputs
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.mnp_fast.region_backward.default(
+                grads, kept, parts, *plan, needed, sizes
+            )
 
 
 def _parameter(module: nn.Module, name: str) -> Any:
