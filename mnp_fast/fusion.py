@@ -27,6 +27,7 @@ from .layers import (
     block_terms,
     padded,
 )
+from .module_list import CurrentModules
 from .ops import masked_affine, masked_conv2d
 from .ops._common import in_transform
 from .ops.conv import allows, output_size
@@ -69,25 +70,6 @@ _ANY_FORMAT = {
 }
 
 
-class Modules:
-    """The modules of a model, which are found anew only where some were replaced."""
-
-    def __init__(self, root: nn.Module) -> None:
-        self.root = root
-        self._found: list[nn.Module] = []
-        self._children: list[tuple[dict[str, Any], list[Any]]] = []
-
-    def current(self) -> list[nn.Module]:
-        """All modules, as `modules()` has them; the same list as long as they are the same."""
-        if not self._found or any(
-            list(table.values()) != children for table, children in self._children
-        ):
-            self._found = list(self.root.modules())
-            tables = [module._modules for module in self._found]
-            self._children = [(table, list(table.values())) for table in tables]
-        return self._found
-
-
 class FusedForward:
     """The `forward` of a fused model; it belongs to `root` and is copied and pickled with it.
 
@@ -104,7 +86,7 @@ class FusedForward:
         self._graph: fx.GraphModule | None = None
         self._blocks: list[tuple[str, ...]] = []
         self._tensors: list[str] = []
-        self._modules = Modules(root)
+        self._modules = CurrentModules(root)
         self._seen: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -115,7 +97,7 @@ class FusedForward:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._modules = Modules(self.root)
+        self._modules = CurrentModules(self.root)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         modules = self._modules.current()

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from .channel_means import channel_means, conv_means
 from .fusion import FusedForward, block_graph, needs_own_forward, run_block, runnable
+from .module_list import CurrentModules
 
 Hook = Callable[[nn.Module, tuple[Any, ...]], Any]
 
@@ -34,6 +35,7 @@ class NormMeans:
         self.model, self.names = model, list(names)
         self.norms = [model.get_submodule(name) for name in self.names]
         self._graph: fx.GraphModule | None = None
+        self._modules = CurrentModules(model)
         forward = vars(model).get("forward")
         if isinstance(forward, FusedForward):
             self._tap(block_graph(model, forward.algorithm))
@@ -43,7 +45,7 @@ class NormMeans:
 
         Differentiable by the images.
         """
-        if self._graph is None or needs_own_forward(self.model, list(self.model.modules())):
+        if self._graph is None or needs_own_forward(self.model, self._modules.current()):
             return self._watched(images)
         logits, *means = self._graph(images)
         return logits, torch.cat(means)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers import MaskedConv2d, MaskedLayer
-from .ops._common import second_derivative_error, wants_grad
+from .ops._common import call, second_derivative_error, wants_grad
 from .ops.conv import output_size
 
 _output_size = lru_cache(4096)(output_size)
@@ -131,10 +131,10 @@ class Plan:
         self, images: Sequence[Tensor], parts: Sequence[Tensor], needed: Sequence[bool]
     ) -> list[Tensor]:
         """The outputs, then what `backward` needs."""
-        with torch._C._AutoDispatchBelowAutograd():  # past its fallback, which reads all tensors
-            return torch.ops.mnp_fast.region_forward.default(
-                images, parts, self.numbers, self.eps, self.algorithms, self.outputs, needed
-            )
+        operator = torch.ops.mnp_fast.region_forward.default
+        plan = self.numbers, self.eps, self.algorithms, self.outputs
+        made: list[Tensor] = call(operator, images, parts, *plan, needed)
+        return made
 
     def backward(
         self,
@@ -145,11 +145,10 @@ class Plan:
         sizes: Sequence[int],
     ) -> list[Tensor | None]:
         """Gradients of images and parts."""
+        operator = torch.ops.mnp_fast.region_backward.default
         plan = self.numbers, self.eps, self.algorithms, self.outputs
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.mnp_fast.region_backward.default(
-                grads, kept, parts, *plan, needed, sizes
-            )
+        made: list[Tensor | None] = call(operator, grads, kept, parts, *plan, needed, sizes)
+        return made
 
 
 def _parameter(module: nn.Module, name: str) -> Any:

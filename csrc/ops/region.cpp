@@ -8,7 +8,7 @@ namespace mnp::ops {
 namespace {
 
 const char* const kOp = "mnp_fast region";
-constexpr double kSmallMask = 0.125;  // divided by smaller ones, the output's rounding errors grow
+constexpr double kSmallMask = 0.125;  // divided by smaller ones, an output's rounding errors grow
 
 struct Block {
   int64_t x, residual;
@@ -20,6 +20,7 @@ struct Block {
   Neurons neurons;
   bool needs_weight, needs[kVectors];
   int64_t first_part, parts[kVectors];  // where they are among all; -1 for those it has not
+  bool recovers_u;                      // from its output, in the backward
 
   int64_t count() const { return weight.dim() > 0 ? weight.size(0) : 0; }
   bool needs_vectors() const { return needs[0] || needs[1] || needs[2] || needs[3]; }
@@ -44,15 +45,16 @@ class Reader {
   size_t at_ = 0;
 };
 
-bool has_small_values(const Tensor& mask) {
-  bool found = false;
+// Whether outputs can be divided by a mask. Those beyond 1 are none; NaN is not comparable.
+bool can_divide_by(const Tensor& mask) {
+  bool can = true;
   with_type(mask.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const T* const values = data<T>(mask);
     for (int64_t i = 0; i < mask.numel(); ++i)
-      if (!(values[i] >= T(kSmallMask) && values[i] <= 1)) found = true;
+      if (!(values[i] >= T(kSmallMask) && values[i] <= 1)) can = false;
   });
-  return found;
+  return can;
 }
 
 // The blocks, what of them takes gradients, and what the backward needs.
@@ -126,12 +128,14 @@ struct Region {
   int64_t output_of(const Block& b) const { return inputs + (&b - blocks.data()); }
   static bool needs_u(const Block& b) { return b.needs[kMask] || b.needs[kNormWeight]; }
   // Whether the backward can do with the output, and with the residual where there is one.
-  bool recovers_u(const Block& b) const {
+  bool can_recover_u(const Block& b) const {
     const auto stays = [&](int64_t value) { return value >= inputs && !returned[value]; };
     return b.needs[kMask] && !b.needs[kNormWeight] && stays(output_of(b)) &&
-           (b.residual < 0 || stays(b.residual)) && !has_small_values(b.neurons.mask);
+           (b.residual < 0 || stays(b.residual)) && can_divide_by(b.neurons.mask);
   }
-  void keep_output(const Block& b) {
+  void set_recovers_u(Block& b, bool recovers) {
+    b.recovers_u = recovers;
+    if (!recovers) return;
     kept[output_of(b)] = true;
     if (b.residual >= 0) kept[b.residual] = true;
   }
@@ -149,9 +153,6 @@ struct Region {
     return last;
   }
 };
-
-// Whether the forward has put nothing in the place of u.
-bool is_recovered(const KnownU& known) { return known.u && known.u->dim() != 4; }
 
 // Means (K,) of images (N, K, H, W), channels-last.
 Tensor means_of(const Tensor& u) {
@@ -214,7 +215,7 @@ std::vector<Tensor> region_forward(const std::vector<Tensor>& inputs,
     MNP_CHECK(compute_type(kOp, x) == x.scalar_type(), kOp, ": inputs must be float32 or float64");
   for (Block& b : region.blocks) {
     b.neurons.prepare(kOp, b.count(), inputs[0]);
-    if (region.recovers_u(b)) region.keep_output(b);
+    region.set_recovers_u(b, region.can_recover_u(b));
   }
   std::vector<int64_t> last = region.last_reads();
   std::vector<MaybeTensor> values(inputs.begin(), inputs.end());
@@ -224,7 +225,7 @@ std::vector<Tensor> region_forward(const std::vector<Tensor>& inputs,
     const Block& b = region.blocks[i];
     const Tensor& x = *values[b.x];
     const Terms terms = b.neurons.terms(b.count(), x.scalar_type());
-    const bool keep_u = region.needs_u(b) && !region.recovers_u(b);
+    const bool keep_u = region.needs_u(b) && !b.recovers_u;
     const bool keep_active = region.keeps_active(b);
     auto [y, u, active] = conv2d_forward(
         x, b.weight, b.neurons.mask, terms.scale, terms.shift, terms.bias,
@@ -268,9 +269,10 @@ std::vector<Tensor> region_backward(const std::vector<MaybeTensor>& given,
   for (int64_t number = 0; number < region.inputs; ++number)
     if (region.kept[number]) values[number] = state.next();
   for (int64_t i = 0; i < count; ++i)
-    if (const Block& b = region.blocks[i]; region.needs_u(b)) {
-      known[i].u = state.next();
-      if (is_recovered(known[i])) region.keep_output(b);
+    if (Block& b = region.blocks[i]; region.needs_u(b)) {
+      const Tensor& u = state.next();
+      region.set_recovers_u(b, u.dim() != 4);  // else the forward has put nothing in its place
+      if (!b.recovers_u) known[i].u = u;
     }
   for (int64_t number = region.inputs; number < region.values(); ++number)
     if (region.kept[number]) values[number] = state.next();
@@ -310,7 +312,7 @@ std::vector<Tensor> region_backward(const std::vector<MaybeTensor>& given,
     if (need_residual && !b.relu) add_to(b.residual, *grad);
     b.neurons.prepare(kOp, b.count(), *grad);
     const Terms terms = b.neurons.terms(b.count(), grad->scalar_type());
-    if (is_recovered(known[i])) {
+    if (b.recovers_u) {
       const MaybeTensor residual = b.residual < 0 ? std::nullopt : values[b.residual];
       known[i] = {std::nullopt, values[number], terms.bias, residual};
     }

@@ -236,6 +236,14 @@ def test_statistics_that_take_gradients_run_one_by_one():
         assert Region(steps, outputs).plan([images()]) is not None
 
 
+def test_half_types_are_refused():
+    steps, outputs = chain("norm")
+    plan = Region(steps, outputs).plan([images()])
+    half, parts = images(torch.float16), [part.half() for part in plan.parts]
+    with pytest.raises(RuntimeError, match="inputs must be float32 or float64"):
+        plan.forward([half], parts, [False] * (1 + len(parts)))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
