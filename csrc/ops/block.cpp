@@ -52,9 +52,9 @@ Tensor vector_of(int64_t count, ScalarType type, const F& value) {
 
 }  // namespace
 
-void Neurons::prepare(const char* op, int64_t count, const Tensor& x) {
+void Neurons::prepare(const char* op, int64_t count, int64_t batch, const Tensor& x) {
   const ScalarType type = x.scalar_type();
-  check_mask(op, mask, x.size(0), count, x, type);
+  check_mask(op, mask, batch, count, x, type);
   mask = to_contiguous(mask);
   const auto each = [&](const char* name, MaybeTensor& vector) {
     if (!vector) return;

@@ -22,8 +22,8 @@ struct Neurons {
   // Which addends the mask multiplies.
   bool masks_conv_bias, masks_mean, masks_norm_bias;
 
-  // Makes all vectors contiguous; fails unless they fit `count` neurons and images like x.
-  void prepare(const char* op, int64_t count, const Tensor& x);
+  // Makes all vectors contiguous; fails unless they fit `count` neurons and `batch` images like x.
+  void prepare(const char* op, int64_t count, int64_t batch, const Tensor& x);
 
   Terms terms(int64_t count, ScalarType type) const;
 

@@ -178,13 +178,13 @@ struct OwnPanels {
     one.width = std::min(one.width, kernels.panel);
     size = kernels.panels_size(one);
     const int64_t bytes = std::max<int64_t>(1, size * int64_t(sizeof(T)));
-    const int64_t share = panels / torch::stable::get_num_threads();
+    const int64_t share = panels / threads();
     const int64_t fit = std::max<int64_t>(1, std::min(share, cpu::caches().l2 / 4 / bytes));
     most = pixels <= weights.width && weights.weights.stride_j != 1 ? 1 : fit;
   }
   // How often each thread passes over all pixels.
   int64_t passes() const {
-    const int64_t each = torch::stable::get_num_threads() * most;
+    const int64_t each = threads() * most;
     return (panels + each - 1) / each;
   }
 };
@@ -271,19 +271,19 @@ void run(std::vector<Part<T>> parts, const Conv& conv, const cpu::PackPanels<T>&
   // What one thread packs, the other ones would get slowly; but all are to have panels, and images
   // are not to be read too often for it.
   const OwnPanels<T> own(weights, pixels);
-  const bool by_thread = !kept && !few && panels >= 4 * torch::stable::get_num_threads() &&
-                         own.passes() * read <= 16 * size;
+  const bool by_thread =
+      !kept && !few && panels >= 4 * threads() && own.passes() * read <= 16 * size;
   if (conv.groups == 1 && (pixels <= weights.width || by_thread))
     return run_by_panels(parts, conv, weights, own, pixels, kept.get(), way);
   // Each thread packs few weights for itself, if it has much to do with them: that takes less time
   // than to get them from another.
-  const bool each = !kept && few && pixels >= 32 * torch::stable::get_num_threads();
+  const bool each = !kept && few && pixels >= 32 * threads();
   const auto shared = buffer<T>(kept || each ? 0 : size);
   if (!kept && !each) pack_all(shared.get());
   // Every thread gets the same share of all parts, which differ in their numbers of taps: whole
   // tiles of a long row, images, or rows that are computed together.
   constexpr int64_t kTiles = 48, kRows = 4;
-  const bool images = conv.n >= 4 * torch::stable::get_num_threads();
+  const bool images = conv.n >= 4 * threads();
   const int64_t rows = way == Way::padded_rows ? first.cols : kRows * first.cols;
   const int64_t unit = way == Way::rows ? kTiles : images && !in_rows ? most / conv.n : rows;
   share_out(most, grain(products / std::max<int64_t>(1, most)), range_of(most, unit), [&] {

@@ -57,8 +57,8 @@ constexpr int64_t kTransform = 256;
 // Into how many blocks of at most `most` tiles: as many for each thread, if they do not get small.
 int64_t blocks_of(int64_t tiles, int64_t most) {
   constexpr int64_t kSmall = 12;
-  const int64_t threads = torch::stable::get_num_threads(), fewest = (tiles + most - 1) / most;
-  const int64_t even = (fewest + threads - 1) / threads * threads;
+  const int64_t count = threads(), fewest = (tiles + most - 1) / most;
+  const int64_t even = (fewest + count - 1) / count * count;
   return tiles / even >= kSmall ? even : fewest;
 }
 
@@ -133,7 +133,7 @@ void run_winograd(cpu::Winograd<T>& a, const Conv& conv, Algorithm algorithm, co
   const int64_t blocks = blocks_of(tiles, most), block = (tiles + blocks - 1) / blocks;
   const int64_t bundles = (conv.groups + together - 1) / together;
   // Where there are bundles for all threads, each packs the weights of its own.
-  const bool each = !kept && bundles >= torch::stable::get_num_threads();
+  const bool each = !kept && bundles >= threads();
   const auto shared = buffer<T>(kept || each ? 0 : conv.groups * group_size);
   if (!kept && !each) pack_all(shared.get());
   share_out(bundles * blocks, grain(tile_cost * block * together), 1, [&] {

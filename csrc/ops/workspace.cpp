@@ -39,7 +39,7 @@ Pool& pool() {
 
 struct Header {
   std::size_t size;
-  const void* owner;  // the thread that gave it back: in its core's caches are what it holds
+  const void* owner;  // the thread that took it last: in its core's caches is what it holds
 };
 
 std::size_t& size_of(char* block) { return reinterpret_cast<Header*>(block)->size; }
@@ -62,7 +62,7 @@ char* acquire(std::size_t bytes) {
     if (pages == MAP_FAILED) throw std::bad_alloc();
     block = static_cast<char*>(pages);
   }
-  size_of(block) = bytes;
+  size_of(block) = bytes, owner_of(block) = this_thread();
   return block;
 }
 
@@ -138,6 +138,7 @@ void* take_memory(std::size_t bytes) {
         char* const block = *best;
         p.blocks.erase(best);
         p.bytes -= size_of(block);
+        owner_of(block) = this_thread();
         return block + kHeader;
       }
     }
@@ -149,7 +150,6 @@ void give_memory(void* memory) {
   if (!memory) return;
   char* const block = static_cast<char*>(memory) - kHeader;
   if (size_of(block) <= kSmall) return kKeepsSmall ? SmallBlocks::give(block) : release(block);
-  owner_of(block) = this_thread();
   std::vector<char*> old;
   {
     Pool& p = pool();

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -146,14 +147,22 @@ def assert_same_grads(
         assert relative_error(mine.grad, leaf.grad) <= tolerance, name
 
 
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """So many threads of torch inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def assert_same_bits(compute: Callable[[], tuple[Tensor, ...]], counts: tuple[int, ...]) -> None:
     """The results must not depend on the number of threads."""
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in counts:
-            torch.set_num_threads(count)
+    results = []
+    for count in counts:
+        with torch_threads(count):
             results.append(compute())
-    finally:
-        torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

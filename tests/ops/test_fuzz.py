@@ -16,7 +16,7 @@ from mnp_fast import reference
 from mnp_fast.ops import masked_affine, masked_conv2d, masked_linear
 from mnp_fast.ops.conv import output_size
 
-from .cases import VECTORS, Conv, conv_inputs, random_mask
+from .cases import VECTORS, Conv, conv_inputs, random_mask, torch_threads
 
 # Rounding, relative to what a result would be if nothing in it cancelled.
 TOLERANCE = {
@@ -36,10 +36,8 @@ CHANNELS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 23, 31, 32, 33, 40)
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """The problems are small: torch's threads would spend the time waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with torch_threads(1):
+        yield
 
 
 def contiguous(t: Tensor, draw: random.Random) -> Tensor:

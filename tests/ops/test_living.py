@@ -14,6 +14,7 @@ from .cases import (
     random_mask,
     relative_error,
     require_grad,
+    torch_threads,
 )
 from .test_conv import compare
 
@@ -21,10 +22,8 @@ from .test_conv import compare
 @pytest.fixture(autouse=True)
 def _one_thread():
     """The problems are small: torch's threads would spend the time waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with torch_threads(1):
+        yield
 
 
 SQUARE = {

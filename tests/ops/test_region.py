@@ -8,7 +8,7 @@ import mnp_fast
 from mnp_fast.fusion import run_region
 from mnp_fast.region import Region, Step
 
-from .cases import relative_error
+from .cases import relative_error, torch_threads
 
 
 def layers(channels, neurons, site, *, stride=1, bias=False, affine=True, norm=True, groups=1):
@@ -64,12 +64,12 @@ def together(steps, inputs, outputs, means=()):
     return run_region(region, inputs)
 
 
-def images(dtype=torch.float64):
-    return torch.randn(3, 4, 7, 6, dtype=dtype)
+def images(dtype=torch.float64, batch=3):
+    return torch.randn(batch, 4, 7, 6, dtype=dtype)
 
 
-def assert_equal_to_one_by_one(steps, outputs, means=()):
-    x = images()
+def assert_equal_to_one_by_one(steps, outputs, means=(), batch=3):
+    x = images(batch=batch)
     ours, theirs = (
         outputs_and_gradients(run, steps, outputs, x, means) for run in (together, one_by_one)
     )
@@ -130,12 +130,18 @@ def shortcut(site):
     return steps, [4]
 
 
-def images_kept(steps, outputs):
-    """How many images as large as the output are kept for the backward."""
-    x = images()
+def tensors_kept(steps, outputs, batch=3):
+    """The output, and what is kept for the backward."""
+    x = images(batch=batch)
     plan = Region(steps, outputs).plan([x])
     made = plan.forward([x], plan.parts, [False, *(part.requires_grad for part in plan.parts)])
-    return sum(kept.numel() == made[0].numel() for kept in made[len(outputs) :])
+    return made[0], made[len(outputs) :]
+
+
+def images_kept(steps, outputs):
+    """How many images as large as the output are kept for the backward."""
+    output, kept = tensors_kept(steps, outputs)
+    return sum(image.numel() == output.numel() for image in kept)
 
 
 @pytest.mark.parametrize("site", ["norm", "neuron", "filter"])
@@ -190,6 +196,99 @@ def test_a_mask_a_sample():
     for step in steps:
         step.norm.mask = nn.Parameter(torch.rand(3, 6, dtype=torch.float64))
     assert_equal_to_one_by_one(steps, outputs)
+
+
+@pytest.fixture(params=[2, 3], ids="{} threads".format)
+def threads(request):
+    with torch_threads(request.param):
+        yield request.param
+
+
+MANY = 199  # samples with which small blocks are enough work to be shared by samples
+
+
+def slices_of(steps, outputs, batch=MANY):
+    """The numbers of samples of which images are kept, each by one thread."""
+    _, kept = tensors_kept(steps, outputs, batch)
+    return sorted({image.shape[0] for image in kept if image.dim() == 4})
+
+
+def without_weights(steps):
+    for step in steps:
+        step.conv.weight.requires_grad_(False)
+
+
+@pytest.mark.parametrize("site", ["norm", "neuron", "filter"])
+@pytest.mark.parametrize("options", [{"bias": True}, {"groups": 2}], ids=str)
+def test_samples_are_shared_by_threads(threads, site, options):
+    steps, outputs = chain(site, **options)
+    without_weights(steps)
+    assert slices_of(steps, outputs) == sorted({MANY // threads, -(-MANY // threads)})
+    assert_equal_to_one_by_one(steps, outputs, batch=MANY)
+    if site == "norm":
+        assert_equal_to_one_by_one(steps, [3], means=[2, 0, 1], batch=MANY)
+        assert_equal_to_one_by_one(steps, [1], means=[2], batch=MANY)
+
+
+def test_samples_are_shared_where_u_is_recovered(threads):
+    steps, outputs = shortcut("norm")
+    assert len(slices_of(steps, outputs)) == 2
+    assert_equal_to_one_by_one(steps, outputs, means=[1], batch=MANY)
+
+
+def test_samples_are_not_shared_where_all_are_needed(threads):
+    steps, outputs = chain("norm")
+    assert slices_of(steps, outputs) == [MANY]  # gradients of weights
+    without_weights(steps)
+    assert slices_of(steps, outputs, 3) == [3]  # little work
+    for step in steps:
+        step.norm.mask = nn.Parameter(torch.rand(MANY, 6, dtype=torch.float64))
+    assert slices_of(steps, outputs) == [MANY]
+    assert_equal_to_one_by_one(steps, outputs, batch=MANY)
+
+
+def test_a_backward_with_other_threads_than_the_forward(threads):
+    steps, outputs = shortcut("norm")
+    x = images(batch=MANY).requires_grad_(True)
+    wanted = [x, *(step.norm.mask for step in steps)]
+    (y,) = together(steps, [x], outputs)
+    expected = torch.autograd.grad(y.sum(), wanted, retain_graph=True)
+    with torch_threads(1):
+        grads = torch.autograd.grad(y.sum(), wanted)
+    assert all(map(torch.equal, grads, expected))
+
+
+def test_shared_samples_are_the_same_in_inference_mode(threads):
+    steps, outputs = shortcut("norm")
+    x = images(batch=MANY)
+    with torch.inference_mode():
+        (y,) = together(steps, [x], outputs)
+        assert y.is_inference()
+    assert torch.equal(y, together(steps, [x], outputs)[0])
+
+
+def test_an_error_in_a_slice_is_raised(threads):
+    steps, outputs = shortcut("norm")
+    x = images(torch.float32, MANY)
+    for step in steps:
+        step.conv.float(), step.norm.float()
+    plan = Region(steps, outputs).plan([x])
+    _, second = plan.weights[1]
+    plan.parts[second] = plan.parts[second][..., :2]  # its output, a residual, becomes wider
+    with pytest.raises(RuntimeError, match="residual must have the output's shape"):
+        plan.forward([x], plan.parts, [False] * (1 + len(plan.parts)))
+
+
+@pytest.mark.parametrize("change", [lambda kept: kept[:-1], lambda kept: kept + kept[:1]])
+def test_what_the_forward_did_not_return_is_refused(threads, change):
+    steps, outputs = shortcut("norm")
+    x = images(batch=MANY)
+    plan = Region(steps, outputs).plan([x])
+    needed = [False, *(part.requires_grad for part in plan.parts)]
+    y, *kept = plan.forward([x], plan.parts, needed)
+    assert plan.backward([y], kept, plan.parts, needed, x.shape)
+    with pytest.raises(RuntimeError, match="kept is not what the forward returned"):
+        plan.backward([y], change(kept), plan.parts, needed, x.shape)
 
 
 def test_gradcheck():

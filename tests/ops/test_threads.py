@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mnp_fast import frozen_weights, masks, wrap
 from mnp_fast.ops import mask_update_, masked_affine, masked_conv2d, neuron_magnitude
 
-from .cases import Conv, conv_inputs, require_grad
+from ..models import resnet
+from .cases import Conv, conv_inputs, require_grad, torch_threads
 
 CONVS = (
     (Conv(4, 24, 13, 13, 40), "direct"),
@@ -49,16 +52,28 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads_at_once_give_the_bits_of_one_after_the_other(threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         alone = [work(seed) for seed in range(8)]
         with ThreadPoolExecutor(4) as pool:
             for _ in range(3):
                 together = list(pool.map(work, range(8)))
                 assert all(same(a, b) for a, b in zip(alone, together, strict=True))
-    finally:
-        torch.set_num_threads(before)
+
+
+def test_regions_at_once_give_the_bits_of_one_after_the_other():
+    """Regions whose samples the threads share, in several threads of Python."""
+    model = wrap(resnet().eval())
+    wanted = list(masks(model).values())
+
+    def gradients(seed: int) -> tuple[Tensor, ...]:
+        x = torch.randn(48, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+        return torch.autograd.grad(model(x).square().sum(), wanted)
+
+    with torch_threads(2), frozen_weights(model), ThreadPoolExecutor(4) as pool:
+        alone = [gradients(seed) for seed in range(8)]
+        for _ in range(3):
+            together = list(pool.map(gradients, range(8)))
+            assert all(map(torch.equal, chain(*alone), chain(*together)))
 
 
 class Worked(Dataset[list[Tensor]]):
