@@ -67,6 +67,19 @@ def test_every_algorithm(algorithm, model, x):
             assert_same(step(masked, x), expected)
 
 
+@pytest.mark.parametrize("algorithm", ["auto", "winograd2"])
+def test_images_of_several_sizes(algorithm):
+    """Images of 2x2 take other sums of the weights than larger ones."""
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 1))
+    masked = mnp_fast.wrap(model, algorithm=algorithm)
+    images = [torch.randn(2, 16, size, size) for size in (2, 3, 8)]
+    expected = [step(masked, x) for x in images]
+    with frozen_weights(masked):
+        for _ in range(2):
+            for x, wanted in zip(images, expected, strict=True):
+                assert_same(step(masked, x), wanted)
+
+
 def test_masks_may_change(model, x):
     masked = mnp_fast.wrap(model)
     with frozen_weights(masked):

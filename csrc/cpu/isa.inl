@@ -160,6 +160,7 @@ constexpr Kernels<T> make_kernels() {
           mask_update<T>,
           winograd_sets<T>,
           make_winograd<F2<T>>(),
+          make_winograd<F2Whole<T>>(),
           make_winograd<F4<T>>(),
           make_winograd<F2Of5<T>>(),
           make_winograd<F2Stride2<T>>(),

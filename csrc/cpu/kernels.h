@@ -271,7 +271,7 @@ struct Kernels {
   void (*mask_update)(const MaskUpdate<T>&, int64_t begin, int64_t end);
   // Sets of output channels that Winograd multiplies together.
   int64_t (*winograd_sets)(int64_t width);
-  WinogradKernels<T> winograd2, winograd4, winograd2_of_5, winograd2_stride2,
+  WinogradKernels<T> winograd2, winograd2_whole, winograd4, winograd2_of_5, winograd2_stride2,
       winograd2_stride2_grad, winograd4_stride2, winograd4_stride2_grad;
   WinogradWeightKernels<T> winograd2_weight, winograd4_weight, winograd4_stride2_weight;
 };

@@ -130,6 +130,33 @@ struct F2 : UnitStride<T, 4, 3> {
   }
 };
 
+// Images of two rows and columns with a row of zeros around them, which a tile of F2 would read:
+// y0 = d0 w1 + d1 w2 and y1 = d0 w0 + d1 w1 take three products.
+template <class Type>
+struct F2Whole {
+  using T = Type;
+  static constexpr int64_t kIn = 2, kOut = 2, kPoints = 3, kWeights = 3, kTaps = 3;
+  static constexpr int64_t weight_of(int64_t point) { return point; }
+  static constexpr int64_t first_input(int64_t out) { return out + 1; }
+
+  static void weight(const Vec<T>* w, int64_t step, Vec<T>* out, int64_t out_step) {
+    out[0] = w[step];
+    out[out_step] = w[2 * step] - w[step];
+    out[2 * out_step] = w[0] - w[step];
+  }
+
+  static void input(const Vec<T>* d, Vec<T>* out, int64_t out_step) {
+    out[0] = d[0] + d[1];
+    out[out_step] = d[1];
+    out[2 * out_step] = d[0];
+  }
+
+  static void output(const Vec<T>* m, Vec<T>* out, int64_t out_step) {
+    out[0] = m[0] + m[1];
+    out[out_step] = m[0] + m[2];
+  }
+};
+
 // The outer taps of a stride of 2, which meet every second input. Four sums of two products each
 // with five products: the points 0, 1, -1, 1/2 and infinity.
 template <class Type>

@@ -39,6 +39,7 @@ bool is_narrow(const Conv& conv) {
 Algorithm fastest(const Conv& conv, Result result) {
   const bool backward = result == Result::input_grad, by_two = conv.stride[0] == 2;
   if (is_narrow(conv) || (conv.groups > 1 && by_two)) return Algorithm::direct;
+  if (conv.is_two_by_two() && result != Result::weight_grad) return Algorithm::winograd2;
   const Work work{conv.n, backward ? conv.h : conv.oh, backward ? conv.w : conv.ow,
                   backward ? conv.group_out() : conv.group_in(), conv.dilation};
   if (conv.kh == 5) {

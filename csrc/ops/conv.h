@@ -44,6 +44,12 @@ struct Conv {
   bool is_pointwise() const {
     return groups == 1 && taps() == 1 && padding[0] == 0 && padding[1] == 0;
   }
+  // 3x3 kernels on images of 2x2 with zeros around them.
+  bool is_two_by_two() const {
+    return kh == 3 && kw == 3 && h == 2 && w == 2 && oh == 2 && ow == 2 && padding[0] == 1 &&
+           padding[1] == 1 && stride[0] == 1 && stride[1] == 1 && dilation[0] == 1 &&
+           dilation[1] == 1;
+  }
   // Channels are so few that the direct kernels read a kernel's whole rows at a time.
   bool reads_rows() const { return groups == 1 && c < 16 && kw > 1 && dilation[1] == 1; }
 };

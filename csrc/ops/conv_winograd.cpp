@@ -13,6 +13,7 @@ const cpu::WinogradKernels<T>& kernels_for(const cpu::Kernels<T>& all, const Con
                                            Algorithm algorithm, bool transposed) {
   if (conv.kh == 5) return all.winograd2_of_5;
   const bool two = algorithm == Algorithm::winograd2;
+  if (two && conv.is_two_by_two()) return all.winograd2_whole;
   if (conv.stride[0] == 1) return two ? all.winograd2 : all.winograd4;
   if (transposed) return two ? all.winograd2_stride2_grad : all.winograd4_stride2_grad;
   return two ? all.winograd2_stride2 : all.winograd4_stride2;
@@ -92,8 +93,8 @@ void run_winograd(cpu::Winograd<T>& a, const Conv& conv, Algorithm algorithm, co
   };
   const auto kept = kept_weights<T>(
       weights.data,
-      {static_cast<int64_t>(algorithm), conv.kh, conv.stride[0], transposed, conv.groups, a.depth,
-       a.width, stride_g, weights.stride_j, weights.stride_q, weights.stride_d},
+      {static_cast<int64_t>(algorithm), conv.kh, conv.stride[0], set_size, transposed, conv.groups,
+       a.depth, a.width, stride_g, weights.stride_j, weights.stride_q, weights.stride_d},
       conv.groups * group_size, pack_all);
   const int64_t tile_cost = 16 * a.depth * a.width;
   if (kernels.input_size(a.depth, tiles) <= group_size && conv.groups <= sets) {

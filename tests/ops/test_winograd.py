@@ -54,6 +54,14 @@ SHAPES = {
         5, 48, 19, 13, 30, padding=(0, 2), dilation=(1, 2), groups=2
     ),
     "dilated, more neurons than tiles": Conv(1, 40, 7, 8, 300, padding=(2, 2), dilation=(2, 2)),
+    "2x2": Conv(9, 17, 2, 2, 33),
+    "2x2, one channel": Conv(1, 1, 2, 2, 1),
+    "2x2, more tiles than neurons": Conv(61, 20, 2, 2, 40),
+    "2x2, groups": Conv(5, 51, 2, 2, 60, groups=3),
+    "2x2, padding 2": Conv(3, 8, 2, 2, 16, padding=(2, 2)),
+    "2x2, uneven padding": Conv(3, 8, 2, 2, 16, padding=(1, 2)),
+    "2x2 of a larger image": Conv(3, 8, 4, 4, 16, padding=(0, 0)),
+    "4x4 dilated to 2x2": Conv(3, 8, 4, 4, 16, padding=(2, 2), dilation=(2, 2)),
     "no samples": Conv(0, 3, 5, 5, 4),
 }
 STRIDE_2 = {
@@ -93,6 +101,7 @@ FIVE = {
 THREADED = {
     "tiles": Conv(4, 24, 13, 13, 40),
     "neurons": Conv(3, 30, 5, 6, 100),
+    "2x2": Conv(90, 30, 2, 2, 100),
     "groups": Conv(4, 48, 13, 13, 72, groups=3),
 }
 THREADED_STRIDE_2 = {
@@ -102,8 +111,10 @@ THREADED_STRIDE_2 = {
 THREADED_FIVE = {
     f"5x5, {name}": replace(conv, kernel=(5, 5), padding=(2, 2)) for name, conv in THREADED.items()
 }
-# Layers of a ResNet-18 for 32x32 images.
-LAYERS = [Conv(2, c, size, size, c) for c, size in ((64, 32), (128, 16), (256, 8), (512, 4))]
+# Layers of a ResNet-18 for 32x32 images, and the last one for 16x16.
+LAYERS = [
+    Conv(2, c, size, size, c) for c, size in ((64, 32), (128, 16), (256, 8), (512, 4), (512, 2))
+]
 FIVE_LAYERS = [
     Conv(2, c, size, size, c, kernel=(5, 5), padding=(2, 2)) for c, size in ((64, 16), (192, 8))
 ]
@@ -341,7 +352,8 @@ def test_auto_follows_shape_and_dtype():
     assert [*chosen(Conv(2, 3, 7, 7, 5))] == ["direct", "direct", "winograd4"]
     assert [*chosen(SHAPES["one row"])] == ["direct"] * 3
     assert [*chosen(Conv(8, 64, 2, 2, 64))] == ["winograd2", "winograd2", "direct"]
-    assert [*chosen(Conv(1, 64, 2, 2, 64))] == ["direct"] * 3
+    assert [*chosen(Conv(1, 64, 2, 2, 64))] == ["winograd2", "winograd2", "direct"]
+    assert [*chosen(Conv(1, 64, 2, 3, 64))] == ["direct"] * 3
     assert [*chosen(Conv(2, 64, 6, 6, 8))] == ["winograd2", "direct", "winograd4"]
     assert [*chosen(Conv(1, 12, 12, 12, 20))] == ["winograd4", "winograd4", "winograd4"]
     assert [*chosen(FIVE_LAYERS[0])] == ["winograd4", "winograd4", "direct"]
