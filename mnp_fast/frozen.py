@@ -71,9 +71,9 @@ class _Kept:
             _C.thaw_weights(self.address)
 
     def refresh(self) -> None:
-        weight = self.layer.weight
+        weight = self.weight
         if (
-            weight is self.weight
+            self.layer._parameters.get("weight") is weight
             and weight.data_ptr() == self.address
             and (self.version is None or weight._version == self.version)
         ):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, compress
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +40,33 @@ class Step(NamedTuple):
         """Stride, padding and dilation, for height and width."""
         return self.conv.stride, self.conv.padding, self.conv.dilation
 
+    @property
+    def masked(self) -> nn.Module:
+        """What has the mask."""
+        return self.norm if isinstance(self.norm, MaskedLayer) else self.conv
+
+    def tables(self) -> list[tuple[dict[str, Any], str]]:
+        """Where the tensors of a plan are, by table and name."""
+        conv: dict[str, Any] = self.conv._parameters
+        places = [(conv, "weight"), (conv, "bias"), (self.masked._parameters, "mask")]
+        if self.norm is not None:
+            of_norm, statistics = self.norm._parameters, self.norm._buffers
+            places += (of_norm, "weight"), (of_norm, "bias")
+            places += (statistics, "running_mean"), (statistics, "running_var")
+        return places
+
+    def settings(self) -> list[tuple[Callable[[nn.Module], Any], nn.Module]]:
+        """What else a plan says: readers, and what they read it from."""
+        geometry = attrgetter("__class__", "stride", "padding", "dilation", "groups")
+        read: list[tuple[Callable[[nn.Module], Any], nn.Module]] = [(geometry, self.conv)]
+        if isinstance(self.conv, MaskedConv2d):
+            read.append((attrgetter("algorithm", "site"), self.conv))
+        if self.norm is not None:
+            read.append((attrgetter("__class__", "eps"), self.norm))
+        if isinstance(self.norm, MaskedLayer):
+            read.append((attrgetter("site"), self.norm))
+        return read
+
 
 class Region:
     """The blocks of a region.
@@ -57,6 +85,9 @@ class Region:
         self, steps: Sequence[Step], outputs: Sequence[int], means: Sequence[int] = ()
     ) -> None:
         self.steps, self.outputs, self.means = steps, outputs, means
+        self._tables = [place for step in steps for place in step.tables()]
+        self._settings = [setting for step in steps for setting in step.settings()]
+        self._made: tuple[list[Any], list[Any], Plan | None] | None = None
 
     def plan(self, inputs: Sequence[Any]) -> Plan | None:
         """How to run on these inputs; None where the operator computes something else."""
@@ -65,16 +96,29 @@ class Region:
             plain = type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and x.dim() == 4
             if not plain or x.dtype != first.dtype or x.dtype not in (torch.float32, torch.float64):
                 return None
-        values = len(inputs) + len(self.steps)
-        plan = Plan([*self.outputs, *(values + step for step in self.means)])
         shapes = [tuple(x.shape) for x in inputs]
+        settings = [*shapes, *(read(module) for read, module in self._settings)]
+        tensors = [table.get(name) for table, name in self._tables]
+        made = self._made
+        if made is not None and settings == made[0] and all(map(is_, tensors, made[1])):
+            plan = made[2]
+        else:
+            plan = self._make(shapes)
+            # What a module computes anew in each call is not in its tables.
+            known = all(name in table for table, name in self._tables)
+            self._made = (settings, tensors, plan) if known else None
+        return None if plan is None or wants_grad(*plan.statistics) else plan
+
+    def _make(self, shapes: list[tuple[int, ...]]) -> Plan | None:
+        values = len(shapes) + len(self.steps)
+        plan = Plan([*self.outputs, *(values + step for step in self.means)])
         for step in self.steps:
             weight = plan.add(step)
             shape = _output_size(shapes[step.x], weight.shape, *step.geometry)
             if step.residual is not None and shapes[step.residual] != shape:
                 return None
             shapes.append(shape)
-        return None if wants_grad(*plan.statistics) else plan
+        return plan
 
 
 class Plan:
@@ -92,7 +136,7 @@ class Plan:
     def add(self, step: Step) -> Tensor:
         """Add a block; returns the weight of its convolution."""
         conv, norm = step.conv, step.norm
-        masked = norm if isinstance(norm, MaskedLayer) else conv
+        masked = step.masked
         weight = _parameter(conv, "weight")
         self.weights.append((step.x, len(self.parts)))
         self.parts += weight, _parameter(masked, "mask")
@@ -117,11 +161,12 @@ class Plan:
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The outputs, from images (N, C, H, W)."""
         images = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
-        tensors = *images, *self.parts
-        if wants_grad(*tensors):
-            apply: Callable[..., tuple[Tensor, ...]] = _Region.apply
-            return apply(self, len(images), *tensors)
-        return tuple(self.forward(images, self.parts, [False] * len(tensors)))
+        if torch.is_grad_enabled():
+            needed = [tensor.requires_grad for tensor in (*images, *self.parts)]
+            if any(needed):
+                apply: Callable[..., tuple[Tensor, ...]] = _Region.apply
+                return apply(self, needed, *images, *compress(self.parts, needed[len(images) :]))
+        return tuple(self.forward(images, self.parts, [False] * (len(images) + len(self.parts))))
 
     def inputs_read(self, needed: Sequence[bool], inputs: int) -> list[int]:
         """Inputs that the gradient of a weight reads, in their order."""
@@ -168,28 +213,38 @@ def _masked_addends(masked: nn.Module) -> int:
 
 
 class _Region(torch.autograd.Function):
-    """Its tensors are the region's images, then the parts of the plan."""
+    """Its tensors are the region's images, then those parts of the plan that take gradients.
+
+    Autograd would spend more time on the other parts than some blocks take.
+    """
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, inputs: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        needed = ctx.needs_input_grad[2:]
-        images, parts = tensors[:inputs], tensors[inputs:]
-        made = plan.forward(images, parts, needed)
+    def forward(ctx: Any, plan: Plan, needed: list[bool], *tensors: Tensor) -> tuple[Tensor, ...]:
+        inputs = len(needed) - len(plan.parts)
+        images, wanted = tensors[:inputs], tensors[inputs:]
+        made = plan.forward(images, plan.parts, needed)
         outputs = len(plan.outputs)
         kept = *(images[i] for i in plan.inputs_read(needed, inputs)), *made[outputs:]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*kept, *parts)
-        ctx.plan, ctx.kept = plan, len(kept)
+        ctx.save_for_backward(*kept, *wanted)
+        ctx.plan, ctx.needed, ctx.inputs, ctx.kept = plan, needed, inputs, len(kept)
+        ctx.versions = [part._version for part in plan.parts]
         ctx.sizes = [size for image in images for size in image.shape]
         return tuple(made[:outputs])
 
     @staticmethod
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        kept, parts = saved[: ctx.kept], saved[ctx.kept :]
+        saved, plan = ctx.saved_tensors, ctx.plan
+        for part, version in zip(plan.parts, ctx.versions, strict=True):
+            if part._version != version:
+                raise RuntimeError(
+                    f"a tensor {tuple(part.shape)} of a fused model was changed in place between "
+                    "its forward and backward, which needs it as it was"
+                )
         with torch.no_grad():
-            made = ctx.plan.backward(given, kept, parts, ctx.needs_input_grad[2:], ctx.sizes)
-        grads = None, None, *made
+            made = plan.backward(given, saved[: ctx.kept], plan.parts, ctx.needed, ctx.sizes)
+        of_parts = compress(made[ctx.inputs :], ctx.needed[ctx.inputs :])
+        grads = None, None, *made[: ctx.inputs], *of_parts
         if not torch.is_grad_enabled():
             return grads
         apply: Callable[..., tuple[Tensor | None, ...]] = _Once.apply

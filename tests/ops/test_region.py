@@ -327,6 +327,85 @@ def test_vectors_that_do_not_fit_are_named(name, message):
         together(steps, [images()], outputs)
 
 
+def set_stride(step):
+    step.conv.stride = (2, 1)
+
+
+def set_site(step):
+    step.norm.site = "neuron"
+
+
+def set_eps(step):
+    step.norm.eps = 0.5
+
+
+def replace_weight(step):
+    step.conv.weight = nn.Parameter(torch.randn_like(step.conv.weight))
+
+
+def replace_mean(step):
+    step.norm.running_mean = torch.randn_like(step.norm.running_mean)
+
+
+def add_bias(step):
+    step.conv.bias = nn.Parameter(torch.randn(6, dtype=torch.float64))
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def parametrize(step):
+    torch.nn.utils.parametrize.register_parametrization(step.conv, "weight", Doubled())
+
+
+CHANGES = [set_stride, set_site, set_eps, replace_weight, replace_mean, add_bias, parametrize]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_plan_is_made_anew_where_something_changed(change):
+    steps, _ = chain("norm")
+    region, x = Region(steps[:1], [1]), images()
+    with torch.no_grad():
+        (before,) = run_region(region, [x])
+        plan = region.plan([x])
+        assert region.plan([images()]) is plan
+        change(steps[0])
+        for _ in range(2):
+            (after,) = run_region(region, [x])
+            assert region.plan([x]) is not plan
+            assert after.shape != before.shape or not torch.equal(after, before)
+            assert torch.allclose(after, one_by_one(steps[:1], [x], [1])[0], rtol=1e-12)
+            if change is parametrize:
+                # Its weight is computed anew in each call: nothing to go by.
+                assert region.plan([x]) is not region.plan([x])
+                steps[0].conv.parametrizations.weight.original.data.mul_(3)
+
+
+def test_images_of_another_size_have_another_plan():
+    steps, outputs = chain("norm")
+    region = Region(steps, outputs)
+    for size in ((7, 6), (4, 9), (7, 6)):
+        x = torch.randn(2, 4, *size, dtype=torch.float64)
+        for mine, other in zip(
+            run_region(region, [x]), one_by_one(steps, [x], outputs), strict=True
+        ):
+            assert relative_error(mine, other) <= 1e-12
+
+
+def test_what_the_backward_reads_may_not_be_changed_before_it():
+    for name in ("weight", "bias", "mask"):
+        steps, outputs = chain("norm")
+        for step in steps:
+            step.norm.weight.requires_grad_(False), step.norm.bias.requires_grad_(False)
+        total = sum(y.sum() for y in together(steps, [images()], outputs))
+        with torch.no_grad():
+            getattr(steps[1].norm, name).mul_(2)
+        with pytest.raises(RuntimeError, match=r"in.?place"):
+            total.backward()
+
+
 def test_statistics_that_take_gradients_run_one_by_one():
     steps, outputs = chain("norm")
     steps[0].norm.running_mean.requires_grad_(True)
