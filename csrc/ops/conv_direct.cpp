@@ -217,11 +217,15 @@ void run_by_panels(const std::vector<Part<T>>& parts, const Conv& conv,
   });
 }
 
+// Sizes of all parts together.
+struct Work {
+  int64_t pixels = 0, most = 0, products = 0;  // most: pixels of one part
+};
+
+// Gives the parts what they have of the weights.
 template <class T>
-void run(std::vector<Part<T>> parts, const Conv& conv, const cpu::PackPanels<T>& weights,
-         bool equal_distances = false) {
-  const bool flat = conv.is_pointwise() && conv.stride[0] == 1 && conv.stride[1] == 1;
-  int64_t pixels = 0, most = 0, products = 0;
+Work complete(std::vector<Part<T>>& parts, const cpu::PackPanels<T>& weights, bool flat) {
+  Work work;
   for (Part<T>& part : parts) {
     cpu::Direct<T>& a = part.direct;
     a.groups = weights.groups, a.width = weights.width;
@@ -229,21 +233,34 @@ void run(std::vector<Part<T>> parts, const Conv& conv, const cpu::PackPanels<T>&
     a.out_stride = a.groups * a.width;
     a.l1 = cpu::caches().l1, a.l2 = cpu::caches().l2;
     if (flat) part.flatten();
-    pixels += part.pixels, most = std::max(most, part.pixels);
-    products += part.pixels * a.taps * a.depth * a.width * a.groups;
+    work.pixels += part.pixels, work.most = std::max(work.most, part.pixels);
+    work.products += part.pixels * a.taps * a.depth * a.width * a.groups;
   }
-  const cpu::Direct<T>& first = parts[0].direct;
+  return work;
+}
+
+// Those whose vectors a group fills.
+template <class T>
+const cpu::Kernels<T>& kernels_for(const std::vector<Part<T>>& parts, const Conv& conv) {
   const auto& widest = cpu::kernels_of<T>();
   const bool fills = conv.groups == 1 || std::all_of(parts.begin(), parts.end(), [&](auto& part) {
                        return widest.fills_vectors(part.direct);
                      });
-  const auto& kernels = fills ? widest : cpu::kernels_of_group<T>(weights.width);
+  return fills ? widest : cpu::kernels_of_group<T>(parts[0].direct.width);
+}
+
+template <class T>
+void pack_all(const cpu::Kernels<T>& kernels, const cpu::PackPanels<T>& weights, T* packed) {
   const int64_t panels = kernels.panels_count(weights), size = kernels.panels_size(weights);
-  const auto pack_all = [&](T* packed) {
-    torch::stable::parallel_for(0, panels, grain(size / panels), [&](int64_t begin, int64_t end) {
-      kernels.pack_panels(weights, begin, end, packed);
-    });
-  };
+  torch::stable::parallel_for(0, panels, grain(size / panels), [&](int64_t begin, int64_t end) {
+    kernels.pack_panels(weights, begin, end, packed);
+  });
+}
+
+// All panels, where they are kept packed.
+template <class T>
+std::shared_ptr<const T[]> kept_panels(const cpu::Kernels<T>& kernels,
+                                       const cpu::PackPanels<T>& weights) {
   const cpu::Weights<T>& w = weights.weights;
   std::vector<int64_t> kind{static_cast<int64_t>(Algorithm::direct),
                             weights.groups,
@@ -254,10 +271,55 @@ void run(std::vector<Part<T>> parts, const Conv& conv, const cpu::PackPanels<T>&
                             w.stride_q,
                             w.stride_d};
   kind.insert(kind.end(), weights.place, weights.place + w.taps);
-  const auto kept = kept_weights<T>(w.data, kind, size, pack_all);
+  return kept_weights<T>(w.data, kind, kernels.panels_size(weights),
+                         [&](T* packed) { pack_all(kernels, weights, packed); });
+}
+
+// Each thread computes its share of the pixels of every part, which differ in their numbers of
+// taps: whole tiles of a long row, images, or rows that are computed together. Few weights that are
+// not `kept` packed it packs for itself, if it has much to do with them: that takes less time than
+// to get them from another.
+template <class T>
+void run_by_pixels(const std::vector<Part<T>>& parts, const Conv& conv,
+                   const cpu::Kernels<T>& kernels, const cpu::PackPanels<T>& weights,
+                   const Work& work, bool few, const T* kept, Way way) {
+  constexpr int64_t kTiles = 48, kRows = 4, kWorthPacking = 32;
+  const int64_t panels = kernels.panels_count(weights), size = kernels.panels_size(weights);
+  const bool each = !kept && few && work.pixels >= kWorthPacking * threads();
+  const auto shared = buffer<T>(kept || each ? 0 : size);
+  if (!kept && !each) pack_all(kernels, weights, shared.get());
+  const int64_t row = parts[0].direct.cols;
+  const int64_t unit = way == Way::rows          ? kTiles
+                       : way == Way::padded_rows ? row
+                       : conv.n >= 4 * threads() ? work.most / conv.n
+                                                 : kRows * row;
+  const int64_t cost = work.products / std::max<int64_t>(1, work.most);
+  share_out(work.most, grain(cost), range_of(work.most, unit), [&] {
+    auto packed = buffer<T>(each ? size : 0);
+    if (each) kernels.pack_panels(weights, 0, panels, packed.get());
+    return [&, packed = std::move(packed)](int64_t begin, int64_t end) {
+      for (const Part<T>& part : parts) {
+        cpu::Direct<T> a = part.direct;
+        a.panels = kept ? kept : each ? packed.get() : shared.get();
+        compute(kernels, conv, a, begin * part.pixels / work.most, end * part.pixels / work.most,
+                way);
+      }
+    };
+  });
+}
+
+template <class T>
+void run(std::vector<Part<T>> parts, const Conv& conv, const cpu::PackPanels<T>& weights,
+         bool equal_distances = false) {
+  const bool flat = conv.is_pointwise() && conv.stride[0] == 1 && conv.stride[1] == 1;
+  const Work work = complete(parts, weights, flat);
+  const auto& kernels = kernels_for(parts, conv);
+  const auto kept = kept_panels(kernels, weights);
+  cpu::Direct<T>& first = parts[0].direct;
   // In rows that are as high as the other kernel's tiles. Each would read weights anew that do not
   // stay in the second cache, unless it is a whole image. Whatever the batch: it decides about the
   // rounding.
+  const int64_t size = kernels.panels_size(weights);
   const bool few = size * int64_t(sizeof(T)) <= cpu::caches().l2 / 2;
   const bool one_row = flat && first.epilogue->mask_stride == 0;  // of all samples
   const bool in_rows = equal_distances && (one_row || first.cols >= 8) && (few || first.in_h == 1);
@@ -267,36 +329,16 @@ void run(std::vector<Part<T>> parts, const Conv& conv, const cpu::PackPanels<T>&
       conv.reads_rows() && equal_distances && (conv.padding[0] > 0 || conv.padding[1] > 0);
   const Way way = !in_rows ? Way::any : is_padded ? Way::padded_rows : Way::rows;
   const auto padded = is_padded && !in_rows ? pad_all(conv, first.input) : nullptr;
-  if (padded) parts[0].direct.input = padded.get();
+  if (padded) first.input = padded.get();
   // What one thread packs, the other ones would get slowly; but all are to have panels, and images
   // are not to be read too often for it.
-  const OwnPanels<T> own(weights, pixels);
+  const OwnPanels<T> own(weights, work.pixels);
   const bool by_thread =
-      !kept && !few && panels >= 4 * threads() && own.passes() * read <= 16 * size;
-  if (conv.groups == 1 && (pixels <= weights.width || by_thread))
-    return run_by_panels(parts, conv, weights, own, pixels, kept.get(), way);
-  // Each thread packs few weights for itself, if it has much to do with them: that takes less time
-  // than to get them from another.
-  const bool each = !kept && few && pixels >= 32 * threads();
-  const auto shared = buffer<T>(kept || each ? 0 : size);
-  if (!kept && !each) pack_all(shared.get());
-  // Every thread gets the same share of all parts, which differ in their numbers of taps: whole
-  // tiles of a long row, images, or rows that are computed together.
-  constexpr int64_t kTiles = 48, kRows = 4;
-  const bool images = conv.n >= 4 * threads();
-  const int64_t rows = way == Way::padded_rows ? first.cols : kRows * first.cols;
-  const int64_t unit = way == Way::rows ? kTiles : images && !in_rows ? most / conv.n : rows;
-  share_out(most, grain(products / std::max<int64_t>(1, most)), range_of(most, unit), [&] {
-    auto packed = buffer<T>(each ? size : 0);
-    if (each) kernels.pack_panels(weights, 0, panels, packed.get());
-    return [&, packed = std::move(packed)](int64_t begin, int64_t end) {
-      for (const Part<T>& part : parts) {
-        cpu::Direct<T> a = part.direct;
-        a.panels = kept ? kept.get() : each ? packed.get() : shared.get();
-        compute(kernels, conv, a, begin * part.pixels / most, end * part.pixels / most, way);
-      }
-    };
-  });
+      !kept && !few && own.panels >= 4 * threads() && own.passes() * read <= 16 * size;
+  if (conv.groups == 1 && (work.pixels <= weights.width || by_thread))
+    run_by_panels(parts, conv, weights, own, work.pixels, kept.get(), way);
+  else
+    run_by_pixels(parts, conv, kernels, weights, work, few, kept.get(), way);
 }
 
 // Pixels that no tap meets: their sum is the residual, or 0.
