@@ -22,6 +22,7 @@ struct Block {
   bool recovers_u;                      // from its output, in the backward
 
   int64_t count() const { return weight.dim() > 0 ? weight.size(0) : 0; }
+  bool masks_samples() const { return neurons.mask.dim() == 2; }  // each with its own row
   bool needs_vectors() const { return needs[0] || needs[1] || needs[2] || needs[3]; }
   const char* activation() const { return relu ? "relu" : "none"; }
 };

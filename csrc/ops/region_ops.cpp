@@ -188,27 +188,33 @@ int64_t slices_of(const Region& region, const std::vector<Ints>& sizes, ScalarTy
   for (const Block& b : region.blocks) {
     const Conv conv(kRegion, sizes[b.x], b.weight, b.stride, b.padding, b.dilation, b.groups);
     const Algorithm chosen = choose_algorithm(kRegion, conv, b.algorithm, type, Result::output);
-    if (conv.n != batch || b.needs_weight || b.neurons.mask.dim() > 1 || chosen == Algorithm::torch)
-      return 1;
+    if (conv.n != batch || b.needs_weight || chosen == Algorithm::torch) return 1;
     products += conv.n * conv.oh * conv.ow * conv.k * conv.group_in() * conv.taps();
   }
   const int64_t each = products / slices;
   return each >= kLeast && each / count <= kMost ? slices : 1;
 }
 
-// A cut of the samples. Images are cut where torch knows the thread: before the loop over slices.
+// A cut of the samples. Tensors are cut where torch knows the thread: before the loop over slices.
 class Slices {
  public:
   Slices(int64_t batch, int64_t count) : batch_(batch), count_(count) {}
   int64_t count() const { return count_; }
   int64_t samples(int64_t slice) const { return first(slice + 1) - first(slice); }
-  Tensor take(Tensor image, int64_t slice) const {
-    if (count_ == 1) return image;
-    return torch::stable::narrow(image, 0, first(slice), samples(slice));
+  Tensor take(Tensor samples_of_all, int64_t slice) const {
+    if (count_ == 1) return samples_of_all;
+    return torch::stable::narrow(samples_of_all, 0, first(slice), samples(slice));
   }
-  // What the slices' images are written to; with one slice, that is the image itself.
+  // The region with the slice's rows of masks that have one for each sample.
+  Region take(Region region, int64_t slice) const {
+    for (Block& b : region.blocks)
+      if (b.masks_samples()) b.neurons.mask = take(b.neurons.mask, slice);
+    return region;
+  }
+  // What the slices' images or rows are written to; with one slice, that is its tensor itself.
   Tensor whole(const Ints& sizes, ScalarType type) const {
-    return count_ == 1 ? Tensor() : empty_image(sizes, type);
+    if (count_ == 1) return Tensor();
+    return sizes.size() == 4 ? empty_image(sizes, type) : empty(sizes, type);
   }
   void put(const Tensor& part, int64_t slice, Tensor& whole) const {
     if (count_ == 1) {
@@ -261,15 +267,18 @@ std::vector<Tensor> region_forward(const std::vector<Tensor>& inputs,
   }
   const Slices slices(batch, slices_of(region, sizes, type));
   std::vector<std::vector<Tensor>> images(slices.count());
-  for (int64_t s = 0; s < slices.count(); ++s)
+  std::vector<Region> regions;
+  for (int64_t s = 0; s < slices.count(); ++s) {
     for (const Tensor& x : inputs) images[s].push_back(slices.take(to_channels_last(x), s));
+    regions.push_back(slices.take(region, s));
+  }
   const auto is_mean = [&](size_t i) { return outputs[i] >= region.values(); };
   std::vector<Tensor> results(outputs.size());
   for (size_t i = 0; i < outputs.size(); ++i)
     if (!is_mean(i)) results[i] = slices.whole(sizes[outputs[i]], type);
   std::vector<Made> made(slices.count());
   each_alone(slices.count(), [&](int64_t s) {
-    made[s] = forward(region, images[s], outputs);
+    made[s] = forward(regions[s], images[s], outputs);
     for (size_t i = 0; i < outputs.size(); ++i)
       if (!is_mean(i)) slices.put(made[s].outputs[i], s, results[i]);
   });
@@ -330,37 +339,44 @@ std::vector<Tensor> region_backward(const std::vector<MaybeTensor>& given,
   for (Block& b : region.blocks) b.neurons.prepare(kRegion, b.count(), batch, *like);
 
   std::vector<std::vector<MaybeTensor>> grads_of(slices.count());
-  std::vector<std::vector<Ints>> sizes_of_slice(slices.count(), sizes);
+  std::vector<std::vector<Ints>> slice_sizes(slices.count(), sizes);
+  std::vector<Region> regions;
   for (int64_t s = 0; s < slices.count(); ++s) {
     for (const MaybeTensor& grad : grads)
       grads_of[s].push_back(grad ? MaybeTensor(slices.take(*grad, s)) : std::nullopt);
-    for (Ints& size : sizes_of_slice[s])
-      size[0] = slices.count() == 1 ? size[0] : slices.samples(s);
+    if (slices.count() > 1)
+      for (Ints& size : slice_sizes[s]) size[0] = slices.samples(s);
+    regions.push_back(slices.take(region, s));
   }
-  std::vector<Tensor> images(region.inputs);
+  // Gradients with a row for each sample: those of inputs, and of masks that have one.
+  std::vector<int64_t> by_sample;
+  const auto add_by_sample = [&](int64_t i, const Ints& size) {
+    by_sample.push_back(i), results[i] = slices.whole(size, like->scalar_type());
+  };
   for (int64_t i = 0; i < region.inputs; ++i)
-    if (region.wanted[i]) images[i] = slices.whole(sizes[i], like->scalar_type());
+    if (region.wanted[i]) add_by_sample(i, sizes[i]);
+  for (const Block& b : region.blocks)
+    if (b.masks_samples() && b.needs[kMask])
+      add_by_sample(region.inputs + b.parts[kMask], {batch, b.count()});
   std::vector<std::vector<Tensor>> made(slices.count());
   each_alone(slices.count(), [&](int64_t s) {
     Kept state(region, first + s * each);
     int64_t next = 0;
     for (int64_t i = 0; i < region.inputs; ++i)
       if (region.kept[i]) state.values[i] = kept[next++];
-    made[s] = backward(region, std::move(grads_of[s]), std::move(state), add_to_u,
-                       sizes_of_slice[s], results.size());
-    for (int64_t i = 0; i < region.inputs; ++i)
-      if (made[s][i].defined()) slices.put(made[s][i], s, images[i]);
+    made[s] = backward(regions[s], std::move(grads_of[s]), std::move(state), add_to_u,
+                       slice_sizes[s], results.size());
+    for (const int64_t i : by_sample)
+      if (made[s][i].defined()) slices.put(made[s][i], s, results[i]);
   });
-  for (int64_t i = 0; i < region.inputs; ++i)
-    if (made[0][i].defined()) results[i] = images[i];
-  for (size_t i = region.inputs; i < results.size(); ++i)
-    for (const std::vector<Tensor>& of_slice : made) {
-      if (!of_slice[i].defined()) continue;
-      if (slices.count() == 1)
-        results[i] = of_slice[i];
-      else
-        add_vector(of_slice[i], 1, results[i]);
-    }
+  if (slices.count() == 1) return made[0];
+  for (const int64_t i : by_sample) {
+    if (!made[0][i].defined()) results[i] = Tensor();
+    for (std::vector<Tensor>& of_slice : made) of_slice[i] = Tensor();
+  }
+  for (size_t i = 0; i < results.size(); ++i)
+    for (const std::vector<Tensor>& of_slice : made)
+      if (of_slice[i].defined()) add_vector(of_slice[i], 1, results[i]);
   return results;
 }
 

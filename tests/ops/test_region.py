@@ -241,10 +241,16 @@ def test_samples_are_not_shared_where_all_are_needed(threads):
     assert slices_of(steps, outputs) == [MANY]  # gradients of weights
     without_weights(steps)
     assert slices_of(steps, outputs, 3) == [3]  # little work
-    for step in steps:
+
+
+def test_masks_of_shared_samples(threads):
+    steps, outputs = chain("norm")
+    without_weights(steps)
+    for step in steps[:2]:
         step.norm.mask = nn.Parameter(torch.rand(MANY, 6, dtype=torch.float64))
-    assert slices_of(steps, outputs) == [MANY]
+    assert len(slices_of(steps, outputs)) == 2
     assert_equal_to_one_by_one(steps, outputs, batch=MANY)
+    assert_equal_to_one_by_one(steps, [1], means=[2], batch=MANY)
 
 
 def test_a_backward_with_other_threads_than_the_forward(threads):
