@@ -180,19 +180,22 @@ std::vector<Tensor> backward(const Region& region, std::vector<MaybeTensor> grad
 int64_t slices_of(const Region& region, const std::vector<Ints>& sizes, ScalarType type) {
   constexpr int64_t kFewest = 4;                // samples
   constexpr int64_t kLeast = int64_t{1} << 20;  // multiply-adds of a thread, in all blocks
-  constexpr int64_t kMost = int64_t{1} << 26;   // and on average in one
+  constexpr int64_t kPerWeight = 64;            // of these, since each thread reads all weights
+  constexpr int64_t kMost = int64_t{1} << 26;   // on average in one block
   const int64_t batch = sizes[0][0], count = static_cast<int64_t>(region.blocks.size());
   const int64_t slices = threads();
   if (slices == 1 || batch < kFewest * slices || count == 0) return 1;
-  int64_t products = 0;
+  int64_t products = 0, weights = 0;
   for (const Block& b : region.blocks) {
     const Conv conv(kRegion, sizes[b.x], b.weight, b.stride, b.padding, b.dilation, b.groups);
     const Algorithm chosen = choose_algorithm(kRegion, conv, b.algorithm, type, Result::output);
     if (conv.n != batch || b.needs_weight || chosen == Algorithm::torch) return 1;
     products += conv.n * conv.oh * conv.ow * conv.k * conv.group_in() * conv.taps();
+    weights += b.weight.numel();
   }
   const int64_t each = products / slices;
-  return each >= kLeast && each / count <= kMost ? slices : 1;
+  const bool pays = each >= kLeast && each >= kPerWeight * weights && each / count <= kMost;
+  return pays ? slices : 1;
 }
 
 // A cut of the samples. Tensors are cut where torch knows the thread: before the loop over slices.
