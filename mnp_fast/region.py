@@ -161,39 +161,37 @@ class Plan:
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The outputs, from images (N, C, H, W)."""
         images = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
-        if torch.is_grad_enabled():
-            needed = [tensor.requires_grad for tensor in (*images, *self.parts)]
-            if any(needed):
-                apply: Callable[..., tuple[Tensor, ...]] = _Region.apply
-                return apply(self, needed, *images, *compress(self.parts, needed[len(images) :]))
-        return tuple(self.forward(images, self.parts, [False] * (len(images) + len(self.parts))))
+        watched = torch.is_grad_enabled()
+        needed = [watched and tensor.requires_grad for tensor in (*images, *self.parts)]
+        if not any(needed):
+            return tuple(self.forward(images, needed))
+        apply: Callable[..., tuple[Tensor, ...]] = _Region.apply
+        return apply(self, needed, *images, *compress(self.parts, needed[len(images) :]))
 
     def inputs_read(self, needed: Sequence[bool], inputs: int) -> list[int]:
         """Inputs that the gradient of a weight reads, in their order."""
         return sorted({x for x, part in self.weights if x < inputs and needed[inputs + part]})
 
-    def forward(
-        self, images: Sequence[Tensor], parts: Sequence[Tensor], needed: Sequence[bool]
-    ) -> list[Tensor]:
+    def forward(self, images: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
         """The outputs, then what `backward` needs."""
         operator = torch.ops.mnp_fast.region_forward.default
-        plan = self.numbers, self.eps, self.algorithms, self.outputs
-        made: list[Tensor] = call(operator, images, parts, *plan, needed)
+        made: list[Tensor] = call(operator, images, *self._blocks(), needed)
         return made
 
     def backward(
         self,
         grads: Sequence[Tensor | None],
         kept: Sequence[Tensor],
-        parts: Sequence[Tensor],
         needed: Sequence[bool],
         sizes: Sequence[int],
     ) -> list[Tensor | None]:
         """Gradients of images and parts."""
         operator = torch.ops.mnp_fast.region_backward.default
-        plan = self.numbers, self.eps, self.algorithms, self.outputs
-        made: list[Tensor | None] = call(operator, grads, kept, parts, *plan, needed, sizes)
+        made: list[Tensor | None] = call(operator, grads, kept, *self._blocks(), needed, sizes)
         return made
+
+    def _blocks(self) -> tuple[Any, ...]:
+        return self.parts, self.numbers, self.eps, self.algorithms, self.outputs
 
 
 def _parameter(module: nn.Module, name: str) -> Any:
@@ -222,7 +220,7 @@ class _Region(torch.autograd.Function):
     def forward(ctx: Any, plan: Plan, needed: list[bool], *tensors: Tensor) -> tuple[Tensor, ...]:
         inputs = len(needed) - len(plan.parts)
         images, wanted = tensors[:inputs], tensors[inputs:]
-        made = plan.forward(images, plan.parts, needed)
+        made = plan.forward(images, needed)
         outputs = len(plan.outputs)
         kept = *(images[i] for i in plan.inputs_read(needed, inputs)), *made[outputs:]
         ctx.set_materialize_grads(False)
@@ -242,7 +240,7 @@ class _Region(torch.autograd.Function):
                     "its forward and backward, which needs it as it was"
                 )
         with torch.no_grad():
-            made = plan.backward(given, saved[: ctx.kept], plan.parts, ctx.needed, ctx.sizes)
+            made = plan.backward(given, saved[: ctx.kept], ctx.needed, ctx.sizes)
         of_parts = compress(made[ctx.inputs :], ctx.needed[ctx.inputs :])
         grads = None, None, *made[: ctx.inputs], *of_parts
         if not torch.is_grad_enabled():

@@ -134,7 +134,7 @@ def tensors_kept(steps, outputs, batch=3):
     """The output, and what is kept for the backward."""
     x = images(batch=batch)
     plan = Region(steps, outputs).plan([x])
-    made = plan.forward([x], plan.parts, [False, *(part.requires_grad for part in plan.parts)])
+    made = plan.forward([x], [False, *(part.requires_grad for part in plan.parts)])
     return made[0], made[len(outputs) :]
 
 
@@ -282,7 +282,7 @@ def test_an_error_in_a_slice_is_raised(threads):
     _, second = plan.weights[1]
     plan.parts[second] = plan.parts[second][..., :2]  # its output, a residual, becomes wider
     with pytest.raises(RuntimeError, match="residual must have the output's shape"):
-        plan.forward([x], plan.parts, [False] * (1 + len(plan.parts)))
+        plan.forward([x], [False] * (1 + len(plan.parts)))
 
 
 @pytest.mark.parametrize("change", [lambda kept: kept[:-1], lambda kept: kept + kept[:1]])
@@ -291,10 +291,10 @@ def test_what_the_forward_did_not_return_is_refused(threads, change):
     x = images(batch=MANY)
     plan = Region(steps, outputs).plan([x])
     needed = [False, *(part.requires_grad for part in plan.parts)]
-    y, *kept = plan.forward([x], plan.parts, needed)
-    assert plan.backward([y], kept, plan.parts, needed, x.shape)
+    y, *kept = plan.forward([x], needed)
+    assert plan.backward([y], kept, needed, x.shape)
     with pytest.raises(RuntimeError, match="kept is not what the forward returned"):
-        plan.backward([y], change(kept), plan.parts, needed, x.shape)
+        plan.backward([y], change(kept), needed, x.shape)
 
 
 def test_gradcheck():
@@ -423,9 +423,9 @@ def test_statistics_that_take_gradients_run_one_by_one():
 def test_half_types_are_refused():
     steps, outputs = chain("norm")
     plan = Region(steps, outputs).plan([images()])
-    half, parts = images(torch.float16), [part.half() for part in plan.parts]
+    plan.parts = [part.half() for part in plan.parts]
     with pytest.raises(RuntimeError, match="inputs must be float32 or float64"):
-        plan.forward([half], parts, [False] * (1 + len(parts)))
+        plan.forward([images(torch.float16)], [False] * (1 + len(plan.parts)))
 
 
 @pytest.mark.parametrize(
