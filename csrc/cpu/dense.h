@@ -9,19 +9,28 @@ constexpr int kPointerRows = kRows < 8 ? kRows : 8;
 // of a channel before the next one's, which may be on another page.
 template <class T>
 inline void pack_neighbours(const PackPanels<T>& a, int64_t begin, int64_t end, T* panels) {
-  constexpr int64_t L = VecOf<T>::lanes;
+  constexpr int64_t L = VecOf<T>::lanes, W = Panels<T>::kWide;
   const Panels<T> shape{a.width};
   const Weights<T> w = a.weights;
+  const int64_t whole = min(end, a.width / W), size = W * a.taps * a.depth;
+  const int64_t ahead = 8 * w.stride_d;
   for (int64_t q = 0; q < w.taps; ++q) {
     if (a.place[q] < 0) continue;
-    for (int64_t d = 0; d < a.depth; ++d)
-      for (int64_t p = begin; p < end; ++p) {
-        const int64_t lanes = shape.lanes(p), used = shape.used(p);
-        const T* from = w.data + p * shape.kWide + q * w.stride_q + d * w.stride_d;
-        T* to = panels + p * shape.kWide * a.taps * a.depth + (a.place[q] * a.depth + d) * lanes;
-        for (int64_t v = 0; v < lanes; v += L)
-          store<T>(to + v, load_some<T>(from + v, min(L, used - v)));
+    for (int64_t d = 0; d < a.depth; ++d) {
+      const T* from = w.data + begin * W + q * w.stride_q + d * w.stride_d;
+      const int64_t row = a.place[q] * a.depth + d;
+      T* to = panels + begin * size + row * W;
+      for (int64_t p = begin; p < whole; ++p, from += W, to += size) {
+        __builtin_prefetch(from + ahead);
+        store<T>(to, load<T>(from));
+        store<T>(to + L, load<T>(from + L));
       }
+      if (whole == end) continue;
+      const int64_t lanes = shape.lanes(whole), used = shape.used(whole);
+      to = panels + whole * size + row * lanes;
+      for (int64_t v = 0; v < lanes; v += L)
+        store<T>(to + v, load_some<T>(from + v, min(L, used - v)));
+    }
   }
 }
 
