@@ -2,39 +2,75 @@
 // set; see isa.inl.
 #pragma once
 
-// Lanes of two rows, S apart, after their blocks of S by S are exchanged across the diagonal.
-// Constants in memory: compilers make vectors of such lanes one by one.
-template <class T, int S>
-struct Exchanged {
+// Which lanes of two vectors, the second one's behind the first one's, make two others. Constants
+// in memory: compilers make vectors of such lanes one by one.
+template <class T>
+struct Lanes {
   static constexpr int L = VecOf<T>::lanes;
   typedef decltype(Vec<T>{} < Vec<T>{}) Index;
   alignas(sizeof(Index)) decltype(Index{}[0] + 0) upper[L], lower[L];
-  constexpr Exchanged() : upper{}, lower{} {
-    for (int j = 0; j < L; ++j) {
-      upper[j] = j & S ? j - S + L : j;
-      lower[j] = j & S ? j + L : j + S;
+};
+
+// In turn, of the first and of the second half of each S lanes.
+template <class T, int S>
+struct Interleaved : Lanes<T> {
+  constexpr Interleaved() : Lanes<T>{} {
+    for (int j = 0; j < this->L; ++j) {
+      this->upper[j] = j / S * S + j % S / 2 + (j & 1) * this->L;
+      this->lower[j] = this->upper[j] + S / 2;
     }
   }
 };
 
-// out[i][j] = in[j][i], in place: blocks of 1, 2, 4, ... are exchanged across the diagonal.
-template <class T, int S = 1>
-inline void transpose(Vec<T>* rows) {
+// Blocks of S lanes exchanged across the diagonal.
+template <class T, int S>
+struct Exchanged : Lanes<T> {
+  constexpr Exchanged() : Lanes<T>{} {
+    for (int j = 0; j < this->L; ++j) {
+      this->upper[j] = j & S ? j - S + this->L : j;
+      this->lower[j] = j & S ? j + this->L : j + S;
+    }
+  }
+};
+
+template <template <class, int> class Kind, class T, int S>
+[[gnu::always_inline]] inline void shuffle(Vec<T> a, Vec<T> b, Vec<T>& upper, Vec<T>& lower) {
+  static constexpr Kind<T, S> lanes;
+  typedef typename Lanes<T>::Index Index;
+  upper = __builtin_shuffle(a, b, *reinterpret_cast<const Index*>(lanes.upper));
+  lower = __builtin_shuffle(a, b, *reinterpret_cast<const Index*>(lanes.lower));
+}
+
+// Blocks of S by S, and larger ones, exchanged across the diagonal.
+template <class T, int S>
+inline void exchange(Vec<T>* rows) {
   constexpr int L = VecOf<T>::lanes;
   if constexpr (S < L) {
-    static constexpr Exchanged<T, S> exchanged;
-    typedef typename Exchanged<T, S>::Index Index;
-    const Index upper = *reinterpret_cast<const Index*>(exchanged.upper);
-    const Index lower = *reinterpret_cast<const Index*>(exchanged.lower);
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i)
+      if (!(i & S)) shuffle<Exchanged, T, S>(rows[i], rows[i + S], rows[i], rows[i + S]);
+    exchange<T, 2 * S>(rows);
+  }
+}
+
+// out[i][j] = in[j][i], in place: in blocks of 128 bits, within which lanes are interleaved by one
+// instruction on all processors, and then the blocks.
+template <class T>
+inline void transpose(Vec<T>* rows) {
+  constexpr int L = VecOf<T>::lanes, S = 16 / sizeof(T), kHalf = S / 2;
+#pragma GCC unroll 2
+  for (int step = 1; step < S; step *= 2) {
+    Vec<T> next[L];
 #pragma GCC unroll 16
     for (int i = 0; i < L; ++i) {
-      if (i & S) continue;
-      const Vec<T> a = rows[i], b = rows[i + S];
-      rows[i] = __builtin_shuffle(a, b, upper);
-      rows[i + S] = __builtin_shuffle(a, b, lower);
+      const int to = i / S * S + i % S * 2;
+      if (i % S < kHalf)
+        shuffle<Interleaved, T, S>(rows[i], rows[i + kHalf], next[to], next[to + 1]);
     }
-    transpose<T, 2 * S>(rows);
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) rows[i] = next[i];
   }
+  exchange<T, S>(rows);
 }
 
 // Elements i of `used` rows as write(i, vector), for i from 0 to `columns`.
