@@ -6,7 +6,7 @@
 constexpr int kPointerRows = kRows < 8 ? kRows : 8;
 
 // Panels [begin, end) of one group, whose neighbouring outputs' weights lie next to each other: all
-// of a channel before the next one's, which may be on another page.
+// of a channel before the next one's, which may be on another page and is asked for ahead.
 template <class T>
 inline void pack_neighbours(const PackPanels<T>& a, int64_t begin, int64_t end, T* panels) {
   constexpr int64_t L = VecOf<T>::lanes, W = Panels<T>::kWide;
