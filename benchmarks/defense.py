@@ -1,8 +1,8 @@
 """The whole defense of the demo, beside the same objectives and epochs in plain PyTorch.
 
 The public way takes gradients of all weights, runs NCHW, and updates masks with an optimizer. Its
-norms are in eval mode all the same, as ours: train mode would be another objective. It shares what
-is plain PyTorch in both: suppression, the search for offsets, and the rule of the cut.
+norms are in eval mode all the same, as ours: train mode would be another objective. The search for
+offsets and the rule of the cut are the same code, on its network.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import nn
 
 from mnp_fast import DefenseConfig, defend
-from mnp_fast.data import clean_set, evaluate
+from mnp_fast.data import CleanSet, clean_set, evaluate
 from mnp_fast.defend import _Defense
 from mnp_fast.demo.attacks import badnets
 from mnp_fast.demo.digits import load_digits
@@ -42,6 +42,9 @@ class PlainDefense(_Defense):
         super().__init__(model, clean_set(data), config, None, None)
         masked = public(model).eval()
         self.masked = freeze(masked) if frozen else masked
+
+    def _to_suppress(self, part: CleanSet) -> tuple[nn.Module, CleanSet]:
+        return self._suppressed(), part
 
     def _fit(self, exposure: OffsetExposure | WeightExposure) -> None:
         config, data = self.config, self.data

@@ -28,7 +28,7 @@ from .repair import Repair
 from .result import CutPoint, DefenseResult, EpochRecord, LayerNeurons, PrunedNeuron
 from .selection import admissible, affordable, choose, cut_points, prune, pruning_order
 from .stats import magnitudes, saliency
-from .suppression import favour, favoured_classes, parts, suppress
+from .suppression import favour, favoured_classes, on_kernels, parts, suppress
 from .suspects import (
     can_tell,
     conspicuous_again,
@@ -180,9 +180,11 @@ class _Defense:
         clean_sets = parts(self.data, runs, config.seed)
         with self._task("Suppressing", len(clean_sets), len(state.runs)) as advance:
             for part in clean_sets[len(state.runs) :]:
-                suppressed = self._suppressed()
+                suppressed, images = self._to_suppress(part)
                 start = time.perf_counter()
-                for accuracy, loss in suppress(suppressed, part, config, state.epochs["suppress"]):
+                for accuracy, loss in suppress(
+                    suppressed, images, config, state.epochs["suppress"]
+                ):
                     state.suppressed = {
                         name: tensor.to("cpu", copy=True)
                         for name, tensor in tensors_of(suppressed).items()
@@ -195,6 +197,10 @@ class _Defense:
                 self._save()
                 advance()
         return favoured_classes(state.runs[:runs])
+
+    def _to_suppress(self, part: CleanSet) -> tuple[nn.Module, CleanSet]:
+        """The model as far as its suppression has come, and data, as that runs best."""
+        return on_kernels(self._suppressed(), part)
 
     def _suppressed(self) -> nn.Module:
         """A copy of the model, as far as its suppression has come."""

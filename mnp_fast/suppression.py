@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data import CleanSet, evaluate, predict
+from .fusion import fuse_blocks
+from .layers import MaskedConv2d
 from .seeds import SUPPRESS, seeded
 
 if TYPE_CHECKING:
@@ -82,6 +85,25 @@ def suppress(
         yield accuracy, loss
         if accuracy <= config.suppress_accuracy:
             return
+
+
+def on_kernels(model: nn.Module, data: CleanSet) -> tuple[nn.Module, CleanSet]:
+    """A plain model, changed in place, and its data so that `suppress` runs on the CPU's kernels.
+
+    Convolutions, their weights' gradients included, are this library's, and in eval mode what is
+    behind them is one operator with them, under masks of 1 that take no gradients. On other
+    devices both stay as they are.
+    """
+    convs = [module for module in model.modules() if type(module) is nn.Conv2d]
+    if not convs or data.images.device.type != "cpu":
+        return model, data
+    for conv in convs:
+        MaskedConv2d.adopt(conv, "filter").mask.requires_grad_(False)
+    fuse_blocks(model, "auto")
+    if data.images.dim() != 4:
+        return model, data
+    images = torch.empty_like(data.images, memory_format=torch.channels_last).copy_(data.images)
+    return model, replace(data, images=images)
 
 
 def parts(data: CleanSet, runs: int, seed: int) -> list[CleanSet]:

@@ -48,11 +48,13 @@ Algorithm fastest(const Conv& conv, Result result) {
     return gains ? Algorithm::winograd4 : Algorithm::direct;
   }
   if (result == Result::weight_grad) {
-    // These gain from fewer tiles, with stride 1 from fewer channels too.
+    // These gain from fewer tiles. Both the channels in and out are transformed for the products.
     const int64_t tiles = work.tiles(4), results = work.n * work.rows * work.cols;
-    const bool gains = by_two ? work.depth >= 8 && tiles >= kFewestTiles && results >= 10 * tiles
+    const int64_t in = conv.group_in(), out = conv.group_out();
+    const bool gains = by_two ? tiles >= kFewestTiles && results >= 10 * tiles
                               : results >= 8 * tiles;
-    return gains ? Algorithm::winograd4 : Algorithm::direct;
+    const bool many = in * out >= (by_two ? 16 : 9) * (in + out);
+    return gains && many ? Algorithm::winograd4 : Algorithm::direct;
   }
   if (by_two) {
     // Where it takes clearly less than the direct kernels, for a gradient one for each phase.
@@ -81,14 +83,20 @@ bool fits_blocks(const Conv& conv) {
 bool torch_wins(const Conv& conv) {
   constexpr int64_t kWorthACall = int64_t{4} << 20;  // multiply-adds
   const int64_t lanes = cpu::kernels_of<float>().panel / 2;
-  const int64_t pixels = conv.n * conv.oh * conv.ow;
-  const int64_t products = pixels * conv.k * conv.group_in() * conv.taps();
-  if (lanes < 16 || products < kWorthACall || conv.reads_rows()) return false;
+  if (lanes < 16 || conv.products() < kWorthACall || conv.reads_rows()) return false;
   if (conv.is_depthwise()) return false;
   if (conv.groups == 1) return conv.taps() > 9;
   // Narrower groups share vectors well, wider ones fill them.
   return !fits_blocks(conv) && conv.group_out() >= 8 &&
          (conv.taps() > 9 || conv.group_out() < lanes);
+}
+
+// The same of the gradient of weights: except for wide layers with few pixels.
+bool torch_wins_weight_grad(const Conv& conv) {
+  constexpr int64_t kWorthACall = int64_t{1} << 18;  // multiply-adds
+  constexpr int64_t kFew = 1024, kWide = 64;         // pixels, channels
+  const bool wide = conv.groups == 1 && conv.c >= kWide && conv.k >= kWide;
+  return conv.products() >= kWorthACall && !(wide && conv.n * conv.oh * conv.ow <= kFew);
 }
 
 // Whether the direct kernels would leave most of a vector's lanes unused in the gradient of the
@@ -127,8 +135,9 @@ Algorithm choose_algorithm(const char* op, const Conv& conv, const std::string& 
   if (possible && !lacks && name == "winograd4") return Algorithm::winograd4;
   if (name != "auto" || type != ScalarType::Float) return Algorithm::direct;
   const Algorithm best = possible && !lacks ? fastest(conv, result) : Algorithm::direct;
-  const bool torch = best == Algorithm::direct && result == Result::output && torch_wins(conv);
-  return torch ? Algorithm::torch : best;
+  const bool torch = result == Result::weight_grad ? torch_wins_weight_grad(conv)
+                                                   : result == Result::output && torch_wins(conv);
+  return best == Algorithm::direct && torch ? Algorithm::torch : best;
 }
 
 }  // namespace mnp::ops

@@ -39,6 +39,8 @@ struct Conv {
   int64_t taps() const { return kh * kw; }
   int64_t group_in() const { return c / groups; }
   int64_t group_out() const { return k / groups; }
+  // Multiply-adds of the direct algorithm.
+  int64_t products() const { return n * oh * ow * k * group_in() * taps(); }
   bool is_depthwise() const { return groups > 1 && groups == c && groups == k; }
   // A 1x1 kernel that reads every pixel, or every second one, ... as it lies.
   bool is_pointwise() const {
@@ -77,8 +79,8 @@ enum class Algorithm { direct, winograd2, winograd4, torch, image };
 enum class Result { output, input_grad, weight_grad };
 
 // The algorithm that a name stands for; fails where it cannot compute this convolution. Torch's own
-// is chosen for outputs alone, by "auto"; that for images of few channels, which is a direct one,
-// for gradients of the input alone.
+// is chosen by "auto" alone, for outputs and gradients of weights; that for images of few channels,
+// which is a direct one, for gradients of the input alone.
 Algorithm choose_algorithm(const char* op, const Conv& conv, const std::string& name,
                            ScalarType type, Result result);
 
@@ -98,6 +100,9 @@ void image_input_grad(const Conv& conv, const Tensor& weight, const T* g, int64_
 
 // The output by torch's convolution, without an epilogue: float32, channels-last images.
 Tensor torch_forward(const Conv& conv, const Tensor& weight, const Tensor& x);
+
+// The gradient of the weights by torch, from that of its output; of `weight` only the shape counts.
+Tensor torch_weight_grad(const Conv& conv, const Tensor& g, const Tensor& x, const Tensor& weight);
 
 // The same by one of Winograd's algorithms.
 template <class T>

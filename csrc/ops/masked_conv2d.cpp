@@ -20,6 +20,12 @@ Tensor even_taps(const Tensor& weight) {
   return even ? weight : to_contiguous(weight);
 }
 
+template <class T>
+bool all_ones(const Tensor& vector) {
+  const T* const values = data<T>(vector);
+  return std::all_of(values, values + vector.numel(), [](T value) { return value == 1; });
+}
+
 // The image that is convolved: on the CPU, in the weight's dtype.
 void check_input(const char* op, const Tensor& x, const Tensor& weight) {
   MNP_CHECK(x.is_cpu() && weight.is_cpu(), op, ": x and weight must be on the CPU");
@@ -160,12 +166,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_backward(
   Tensor dx = need_x ? empty_image(x_size, type) : empty({0}, type);
   Tensor dw =
       need_weight ? empty({conv.k, conv.group_in(), conv.kh, conv.kw}, type) : empty({0}, type);
+  const bool for_torch = need_weight && for_weight == Algorithm::torch;
+  const bool needs_more = need_residual || need_sums || y || active || add_to_u;
   Tensor sums = need_sums ? empty({3, conv.n, conv.k}, type) : empty({0}, type);
   with_type(type, [&](auto zero) {
     using T = decltype(zero);
-    Buffer<T> g;
-    const int64_t g_stride = cpu::kernels_of<T>().row_stride(conv.k);
-    if (need_x || need_weight) g = buffer<T>(conv.n * conv.oh * conv.ow * g_stride);
+    // The gradient of u: that of the output, or a new image, without gaps where torch reads it.
+    const bool is_given = !needs_more && all_ones<T>(m.values) && all_ones<T>(a);
+    const bool is_dense = is_given || for_torch;
+    const int64_t g_stride = is_dense ? conv.k : cpu::kernels_of<T>().row_stride(conv.k);
+    Tensor image = dy;
+    if (for_torch && !is_given) image = empty_image(out_sizes, type);
+    Buffer<T> skewed;
+    if ((need_x || need_weight) && !is_dense)
+      skewed = buffer<T>(conv.n * conv.oh * conv.ow * g_stride);
+    T* const own = is_given ? nullptr : for_torch ? mutable_data<T>(image) : skewed.get();
+    const T* const g = is_given ? data<T>(dy) : own;
     cpu::EpilogueGrad<T> e{};
     e.layout = {conv.n, conv.k, conv.oh * conv.ow, true};
     e.grad = data<T>(dy);
@@ -178,28 +194,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_backward(
     e.scale = data<T>(a), e.shift = data<T>(c), e.bias = data_or_null<T>(b);
     e.add_to_u = data_or_null<T>(more_of_u);
     e.dz = need_residual ? mutable_data<T>(dres) : nullptr;
-    e.g = g.get(), e.g_stride = g_stride;
+    e.g = own, e.g_stride = g_stride;
     e.sums = need_sums ? mutable_data<T>(sums) : nullptr;
-    run_epilogue_grad(e);
-    if (g) living.compact(g.get(), g_stride);
+    if (!is_given) run_epilogue_grad(e);
+    if (own) living.compact(own, g_stride);
     if (need_x) {
       const Tensor kernel = living.filters(even_taps(as_type(weight, type)));
       cpu::Epilogue<T> sum{};
       sum.residual = data_or_null<T>(more);
       if (for_x == Algorithm::direct || living.conv.k == 0)
-        direct_input_grad(living.conv, kernel, g.get(), g_stride, sum, mutable_data<T>(dx));
+        direct_input_grad(living.conv, kernel, g, g_stride, sum, mutable_data<T>(dx));
       else if (for_x == Algorithm::image)
-        image_input_grad(living.conv, kernel, g.get(), g_stride, sum.residual, mutable_data<T>(dx));
+        image_input_grad(living.conv, kernel, g, g_stride, sum.residual, mutable_data<T>(dx));
       else
-        winograd_input_grad(living.conv, for_x, kernel, g.get(), g_stride, sum,
+        winograd_input_grad(living.conv, for_x, kernel, g, g_stride, sum,
                             mutable_data<T>(dx));
     }
     if (need_weight) {
       const Tensor input = to_channels_last(as_type(*x, type));
       if (for_weight == Algorithm::direct || living.conv.k == 0)
-        direct_weight_grad(living.conv, g.get(), g_stride, data<T>(input), mutable_data<T>(dw));
-      else
-        winograd_weight_grad(living.conv, for_weight, g.get(), g_stride, data<T>(input),
+        direct_weight_grad(living.conv, g, g_stride, data<T>(input), mutable_data<T>(dw));
+      else if (for_torch) {
+        const Tensor part = torch_weight_grad(
+            living.conv, torch::stable::narrow(image, 1, 0, living.conv.k), input,
+            torch::stable::narrow(dw, 0, 0, living.conv.k));
+        std::copy_n(data<T>(part), part.numel(), mutable_data<T>(dw));
+      } else
+        winograd_weight_grad(living.conv, for_weight, g, g_stride, data<T>(input),
                              mutable_data<T>(dw));
       living.expand_filters(mutable_data<T>(dw));
     }

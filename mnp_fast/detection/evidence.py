@@ -20,7 +20,7 @@ from ..stats import magnitudes
 from ..stats.changes import change_scores
 from ..stats.correlation import Array, deviations, robust_z, spearman
 from ..stats.saliency import sample_changes
-from ..suppression import favour, favoured_classes, parts, suppress
+from ..suppression import favour, favoured_classes, on_kernels, parts, suppress
 from ..wrap import masks, wrap
 
 if TYPE_CHECKING:
@@ -97,8 +97,9 @@ def gather(
     task = progress.add_task("Detecting", total=None)
     favours, epochs = [], []
     for part in parts(data, runs, config.seed):
-        suppressed = copy.deepcopy(model).eval().requires_grad_(True)
-        epochs.append(sum(1 for _ in suppress(suppressed, part, config)))
+        plain = copy.deepcopy(model).eval().requires_grad_(True)
+        suppressed, images = on_kernels(plain, part)
+        epochs.append(sum(1 for _ in suppress(suppressed, images, config)))
         favours.append(favour(suppressed, data))
         progress.advance(task)
     classes = list(favoured_classes(favours))[: config.suspects]
