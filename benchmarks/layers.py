@@ -109,7 +109,9 @@ def no_onednn() -> Iterator[None]:
 
 
 class Layer:
-    """``relu(mask * (scale * conv(x) + shift) + bias)``, and its gradients by x and mask."""
+    """``relu(mask * (scale * conv(x) + shift) + bias)``; gradients by x and mask, and by weight."""
+
+    has_weight_kernel = True
 
     def __init__(self, shape: Shape, batch: int) -> None:
         self.shape, self.name = shape, f"{shape}, batch {batch}"
@@ -143,17 +145,17 @@ class Layer:
 
     def input_grad(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """What torch does backward."""
-        return torch.ops.aten.convolution_backward(
-            grad,
-            x,
-            weight,
-            None,
-            *map(list, self.geometry),
-            False,
-            [0, 0],
-            self.shape.groups,
-            [True, False, False],
-        )[0]
+        return self.grads(grad, x, weight, [True, False, False])[0]
+
+    def grads(
+        self, grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool]
+    ) -> tuple[Tensor, ...]:
+        """Torch's gradients of input, weight and bias, as far as they are needed."""
+        geometry, groups = map(list, self.geometry), self.shape.groups
+        made: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, *geometry, False, [0, 0], groups, needed
+        )
+        return made
 
     def masked(self, x: Tensor, vectors: Tensors, way: Way) -> Tensor:
         """What this project does forward, given mask, scale, shift and bias."""
@@ -184,6 +186,8 @@ class Layer:
         with frozen_weights(self.kept):
             yield self.forward(exact)
             yield self.backward(exact, exact_t, quick)
+        if self.has_weight_kernel:
+            yield self.weight_gradient(exact, quick)
 
     def exact_t(self) -> Tensor:
         """What is masked, in float64; the scale is folded into the weight."""
@@ -275,16 +279,50 @@ class Layer:
         add_compiled(case, name, lambda: partial(compiled(torch_grads), gain, *last), quick)
         return self.with_ours(case, ours)
 
-    def with_ours(self, case: Case, ours: Callable[[Way], Tensors]) -> Case:
+    def weight_gradient(self, exact: Tensor, quick: bool) -> Case:
+        """The gradient of the weight, from what a forward keeps."""
+        gain, needed = (self.mask * self.scale)[:, None, None], [False, True, False]
+        plain = [self.grad, self.x, exact.float(), self.weight]
+        last = [tensor.to(memory_format=LAST) for tensor in plain]
+        grad, x, y, _ = last
+
+        def torch_grad(gain: Tensor, dy: Tensor, x: Tensor, y: Tensor, weight: Tensor) -> Tensors:
+            return (self.grads(dy * (y > 0) * gain, x, weight, needed)[1],)
+
+        def ours(way: Way) -> Tensors:
+            vectors = self.mask, self.scale, self.shift
+            geometry, needs = (*self.geometry, self.shape.groups), (False, True, False, False)
+            _, dw, _, _ = torch.ops.mnp_fast.masked_conv2d_backward(
+                grad, x, way.weight, y, None, *vectors, *geometry, *needs, way.algorithm
+            )
+            return (dw,)
+
+        doubles = [v.double() for v in (gain, self.grad, self.x, exact, self.weight)]
+        case = Case(
+            f"{self.name}, weight gradient",
+            {
+                "torch, contiguous": partial(torch_grad, gain, *plain),
+                "torch, channels-last": partial(torch_grad, gain, *last),
+            },
+            torch_grad(*doubles),
+        )
+        name = "torch.compile, channels-last"
+        add_compiled(case, name, lambda: partial(compiled(torch_grad), gain, *last), quick)
+        return self.with_ours(case, ours, frozen=False)
+
+    def with_ours(self, case: Case, ours: Callable[[Way], Tensors], *, frozen: bool = True) -> Case:
         """The case with this project's own competitors, and the operations of all."""
         for name, way in self.ways.items():
-            case.functions[f"{OURS} {name}"] = partial(ours, way)
+            if frozen or way.weight is self.weight:
+                case.functions[f"{OURS} {name}"] = partial(ours, way)
         case.work = dict.fromkeys(case.functions, float(self.operations))
         return case
 
 
 class Linear(Layer):
-    """The same of a linear layer, as images of one pixel."""
+    """The same of a linear layer, as images of one pixel; its weight's gradient is torch's."""
+
+    has_weight_kernel = False
 
     def __init__(self, channels: int, neurons: int, batch: int) -> None:
         super().__init__(Shape(channels, neurons, 1, kernel=1), batch)

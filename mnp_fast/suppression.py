@@ -102,6 +102,7 @@ def on_kernels(model: nn.Module, data: CleanSet) -> tuple[nn.Module, CleanSet]:
     fuse_blocks(model, "auto")
     if data.images.dim() != 4:
         return model, data
+    # Not contiguous(), which leaves images of one channel as they are.
     images = torch.empty_like(data.images, memory_format=torch.channels_last).copy_(data.images)
     return model, replace(data, images=images)
 

@@ -8,8 +8,17 @@ from torch.nn import functional as F
 
 from mnp_fast import DefenseConfig
 from mnp_fast.data import CleanSet, evaluate
+from mnp_fast.fusion import fused_blocks
 from mnp_fast.seeds import SUPPRESS
-from mnp_fast.suppression import MAX_GRADIENT_NORM, favour, favoured_classes, parts, suppress
+from mnp_fast.suppression import (
+    MAX_GRADIENT_NORM,
+    favour,
+    favoured_classes,
+    on_kernels,
+    parts,
+    suppress,
+)
+from mnp_fast.wrap import masks
 
 from .trained import backdoored, stripes
 
@@ -61,6 +70,54 @@ def test_steps_are_clipped_ascent_with_decay(decay, scale):
     assert (max(lengths) > MAX_GRADIENT_NORM) == (scale > 1)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, theirs.state_dict()[name], rtol=1e-9, atol=1e-9)
+
+
+def convolutions():
+    """Strides, groups, a bias, another padding mode; twice the same layer."""
+    torch.manual_seed(3)
+    twice = nn.Conv2d(12, 12, 3, padding=1, padding_mode="reflect")
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU(inplace=True),
+        twice, nn.BatchNorm2d(12), nn.ReLU(), twice,
+        nn.Conv2d(12, 12, 3, stride=2, groups=12), nn.BatchNorm2d(12), nn.Hardswish(),
+        nn.Conv2d(12, 20, 1, stride=2, bias=False), nn.BatchNorm2d(20),
+        nn.Flatten(), nn.Dropout(0.1), nn.LazyLinear(4),
+    )  # fmt: skip
+
+
+def test_steps_on_kernels_are_those_of_torch():
+    data = CleanSet(CLEAN.images.double(), CLEAN.labels)
+    theirs = convolutions().double()
+    theirs(data.images[:2])
+    theirs = theirs.eval().requires_grad_(True)
+    mine, images = on_kernels(copy.deepcopy(theirs), data)
+    assert fused_blocks(mine)
+    config = DefenseConfig(suppress_batch_size=16, suppress_epochs=2, suppress_accuracy=0)
+    expected = list(suppress(theirs, data, config))
+    for (accuracy, loss), (right, near) in zip(
+        suppress(mine, images, config), expected, strict=True
+    ):
+        assert accuracy == right
+        assert loss == pytest.approx(near, rel=1e-9)
+    found = mine.state_dict()
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(found.pop(name), value, rtol=1e-8, atol=1e-10)
+    assert all(torch.equal(mask, torch.ones_like(mask)) for mask in found.values())
+    assert not any(mask.requires_grad for mask in masks(mine).values())
+    assert favour(mine, images) == pytest.approx(favour(theirs, data), rel=1e-8)
+
+
+def test_kernels_read_images_of_one_channel_as_channels_last():
+    data = CleanSet(torch.rand(4, 1, 5, 6), torch.arange(4))
+    _, images = on_kernels(nn.Sequential(nn.Conv2d(1, 4, 3)), data)
+    assert torch.equal(images.images, data.images)
+    assert images.images[:2].stride()[1:] == (1, 6, 1)
+
+
+def test_without_convolutions_nothing_changes():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 4))
+    assert on_kernels(model, CLEAN) == (model, CLEAN)
+    assert "forward" not in vars(model)
 
 
 def test_stops_after_the_step_at_which_the_threshold_is_reached():

@@ -104,6 +104,7 @@ inline double sqrt(double x) { return __builtin_sqrt(x); }
 // clang-format off: each uses those above it.
 #include "product.h"
 #include "pack.h"
+#include "layout.h"
 #include "epilogue.h"
 #include "pixels.h"
 #include "dense.h"
@@ -157,6 +158,8 @@ constexpr Kernels<T> make_kernels() {
           expand_scratch<T>,
           expand_neurons<T>,
           epilogue_grad<T>,
+          transpose_strips<T>,
+          transpose_matrices<T>,
           mask_update<T>,
           winograd_sets<T>,
           make_winograd<F2<T>>(),

@@ -192,6 +192,14 @@ struct MaskUpdate {
   T lr, momentum, penalty;
 };
 
+// Matrices behind each other, [batch][rows][cols], and where they go, [batch][cols][rows].
+template <class T>
+struct Transpose {
+  const T* from;
+  T* to;
+  int64_t batch, rows, cols;
+};
+
 template <class T>
 struct WinogradKernels {
   // Tiles to transform and multiply together, so that they stay in a second cache of l2 bytes.
@@ -267,6 +275,9 @@ struct Kernels {
   // Samples [begin, end) for neurons [first, last).
   void (*epilogue_grad)(const EpilogueGrad<T>&, int64_t begin, int64_t end, int64_t first,
                         int64_t last);
+  // Independent strips of a transpose, and strips [begin, end).
+  int64_t (*transpose_strips)(const Transpose<T>&);
+  void (*transpose)(const Transpose<T>&, int64_t begin, int64_t end);
   // Elements [begin, end).
   void (*mask_update)(const MaskUpdate<T>&, int64_t begin, int64_t end);
   // Sets of output channels that Winograd multiplies together.

@@ -51,8 +51,8 @@ Algorithm fastest(const Conv& conv, Result result) {
     // These gain from fewer tiles. Both the channels in and out are transformed for the products.
     const int64_t tiles = work.tiles(4), results = work.n * work.rows * work.cols;
     const int64_t in = conv.group_in(), out = conv.group_out();
-    const bool gains = by_two ? tiles >= kFewestTiles && results >= 10 * tiles
-                              : results >= 8 * tiles;
+    const bool gains =
+        by_two ? tiles >= kFewestTiles && results >= 10 * tiles : results >= 8 * tiles;
     const bool many = in * out >= (by_two ? 16 : 9) * (in + out);
     return gains && many ? Algorithm::winograd4 : Algorithm::direct;
   }

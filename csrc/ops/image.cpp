@@ -2,6 +2,8 @@
 
 #include <utility>
 
+#include "cpu/dispatch.h"
+#include "ops.h"
 #include "workspace.h"
 
 // Of torch 2.11 and later; null where the torch that runs is older.
@@ -35,7 +37,40 @@ Tensor in_kept_memory(const Ints& sizes, const Ints& strides, ScalarType type) {
   return Tensor(handle);
 }
 
+// Whether it has channels and pixels to change places, of a type that the kernels know.
+bool is_matrices(const Tensor& t) {
+  const ScalarType type = t.scalar_type();
+  return t.dim() == 4 && t.size(1) > 1 && t.size(2) * t.size(3) > 1 && t.numel() > 0 &&
+         (type == ScalarType::Float || type == ScalarType::Double);
+}
+
+// [batch][rows][cols] as [batch][cols][rows].
+void transpose(const Tensor& from, int64_t rows, int64_t cols, const Tensor& to) {
+  with_type(from.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const auto& kernels = cpu::kernels_of<T>();
+    const cpu::Transpose<T> a{data<T>(from), mutable_data<T>(to), from.size(0), rows, cols};
+    torch::stable::parallel_for(
+        0, kernels.transpose_strips(a), grain(8 * cols),
+        [&](int64_t begin, int64_t end) { kernels.transpose(a, begin, end); });
+  });
+}
+
 }  // namespace
+
+Tensor channels_last_image(const Tensor& t) {
+  if (!is_matrices(t) || !t.is_contiguous()) return to_channels_last(t);
+  const Tensor image = empty_image(sizes_of(t), t.scalar_type());
+  transpose(t, t.size(1), t.size(2) * t.size(3), image);
+  return image;
+}
+
+Tensor contiguous_image(const Tensor& t) {
+  if (!is_matrices(t) || t.is_contiguous() || !is_channels_last(t)) return to_contiguous(t);
+  const Tensor image = empty(sizes_of(t), t.scalar_type());
+  transpose(t, t.size(2) * t.size(3), t.size(1), image);
+  return image;
+}
 
 Tensor empty(const Ints& sizes, ScalarType type) {
   Ints strides(sizes.size(), 1);

@@ -12,6 +12,10 @@ Tensor empty(const Ints& sizes, ScalarType type);
 // An uninitialized channels-last image (N, C, H, W).
 Tensor empty_image(const Ints& sizes, ScalarType type);
 
+// An image on the CPU in this layout; itself where it has it already.
+Tensor channels_last_image(const Tensor& t);
+Tensor contiguous_image(const Tensor& t);
+
 // An uninitialized tensor of the sizes, strides and type of one whose elements lie without gaps.
 Tensor empty_as(const Tensor& dense);
 

@@ -11,7 +11,7 @@ namespace {
 
 // An image in the memory format of the one that was given.
 Tensor in_format_of(const Tensor& given, const Tensor& image) {
-  return is_channels_last(given) ? image : to_contiguous(image);
+  return is_channels_last(given) ? image : contiguous_image(image);
 }
 
 // The weight with taps at one stride, which contiguous and channels-last weights have as they are.
@@ -57,9 +57,9 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_forward(
               shape_of(sizes), ", not ", shape_of(*residual));
     MNP_CHECK(residual->is_cpu() && residual->scalar_type() == x.scalar_type(), op,
               ": residual must have the input's dtype and device");
-    r = to_channels_last(as_type(*residual, type));
+    r = channels_last_image(as_type(*residual, type));
   }
-  const Tensor input = to_channels_last(as_type(x, type));
+  const Tensor input = channels_last_image(as_type(x, type));
   const Tensor kernel = even_taps(as_type(weight, type));
   const Living living(conv, m, chosen);
   // Where u is kept, the gradients of masks at 0 need it too.
@@ -147,21 +147,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_backward(
   MNP_CHECK(!u || (u->is_cpu() && u->scalar_type() == type && u->numel() == grad.numel()), op,
             ": u must be what masked_conv2d kept");
 
-  const Tensor dy = to_channels_last(as_type(grad, type));
+  const Tensor dy = channels_last_image(as_type(grad, type));
   MaybeTensor out, pre, z, b, added, more, more_of_u;
-  if (y) out = to_channels_last(as_type(*y, type));
+  if (y) out = channels_last_image(as_type(*y, type));
   if (known.output) {
-    z = to_channels_last(as_type(*known.output, type));
+    z = channels_last_image(as_type(*known.output, type));
     b = neuron_vector(op, "bias", known.bias, conv.k, 0, grad, type);
   }
   if (add_to_u) more_of_u = neuron_vector(op, "the gradient of u", add_to_u, conv.k, 0, grad, type);
-  if (known.residual) added = to_channels_last(as_type(*known.residual, type));
+  if (known.residual) added = channels_last_image(as_type(*known.residual, type));
   if (add && need_x) {
     MNP_CHECK(add->is_cpu() && add->scalar_type() == grad.scalar_type() && sizes_of(*add) == x_size,
               op, ": add must have x's shape ", shape_of(x_size), ", dtype and device");
-    more = to_channels_last(as_type(*add, type));
+    more = channels_last_image(as_type(*add, type));
   }
-  if (u) pre = to_channels_last(*u);
+  if (u) pre = channels_last_image(*u);
   Tensor dres = need_residual ? empty_image(out_sizes, type) : empty({0}, type);
   Tensor dx = need_x ? empty_image(x_size, type) : empty({0}, type);
   Tensor dw =
@@ -207,17 +207,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv2d_backward(
       else if (for_x == Algorithm::image)
         image_input_grad(living.conv, kernel, g, g_stride, sum.residual, mutable_data<T>(dx));
       else
-        winograd_input_grad(living.conv, for_x, kernel, g, g_stride, sum,
-                            mutable_data<T>(dx));
+        winograd_input_grad(living.conv, for_x, kernel, g, g_stride, sum, mutable_data<T>(dx));
     }
     if (need_weight) {
-      const Tensor input = to_channels_last(as_type(*x, type));
+      const Tensor input = channels_last_image(as_type(*x, type));
       if (for_weight == Algorithm::direct || living.conv.k == 0)
         direct_weight_grad(living.conv, g, g_stride, data<T>(input), mutable_data<T>(dw));
       else if (for_torch) {
-        const Tensor part = torch_weight_grad(
-            living.conv, torch::stable::narrow(image, 1, 0, living.conv.k), input,
-            torch::stable::narrow(dw, 0, 0, living.conv.k));
+        const Tensor part =
+            torch_weight_grad(living.conv, torch::stable::narrow(image, 1, 0, living.conv.k), input,
+                              torch::stable::narrow(dw, 0, 0, living.conv.k));
         std::copy_n(data<T>(part), part.numel(), mutable_data<T>(dw));
       } else
         winograd_weight_grad(living.conv, for_weight, g, g_stride, data<T>(input),

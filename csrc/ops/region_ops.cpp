@@ -47,7 +47,7 @@ Tensor gradient_of_means(const Tensor& grad, const Ints& sizes) {
 // The sum of two images, channels-last.
 Tensor sum_of(const Tensor& a, const Tensor& b) {
   check_like(kRegion, "the gradient of a residual", a, b);
-  const Tensor left = to_channels_last(a), right = to_channels_last(b);
+  const Tensor left = channels_last_image(a), right = channels_last_image(b);
   Tensor sum = empty_image(sizes_of(a), a.scalar_type());
   with_type(a.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -272,7 +272,7 @@ std::vector<Tensor> region_forward(const std::vector<Tensor>& inputs,
   std::vector<std::vector<Tensor>> images(slices.count());
   std::vector<Region> regions;
   for (int64_t s = 0; s < slices.count(); ++s) {
-    for (const Tensor& x : inputs) images[s].push_back(slices.take(to_channels_last(x), s));
+    for (const Tensor& x : inputs) images[s].push_back(slices.take(channels_last_image(x), s));
     regions.push_back(slices.take(region, s));
   }
   const auto is_mean = [&](size_t i) { return outputs[i] >= region.values(); };
@@ -335,7 +335,7 @@ std::vector<Tensor> region_backward(const std::vector<MaybeTensor>& given,
     }
     MNP_CHECK(sizes_of(*like) == sizes[outputs[i]], kRegion, ": a gradient must have shape ",
               shape_of(sizes[outputs[i]]), ", not ", shape_of(*like));
-    grads[outputs[i]] = to_channels_last(*like);
+    grads[outputs[i]] = channels_last_image(*like);
   }
   std::vector<Tensor> results(needed.size());
   if (!like) return results;
