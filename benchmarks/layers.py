@@ -111,7 +111,7 @@ def no_onednn() -> Iterator[None]:
 class Layer:
     """``relu(mask * (scale * conv(x) + shift) + bias)``; gradients by x and mask, and by weight."""
 
-    has_weight_kernel = True
+    convolves = True
 
     def __init__(self, shape: Shape, batch: int) -> None:
         self.shape, self.name = shape, f"{shape}, batch {batch}"
@@ -186,16 +186,20 @@ class Layer:
         with frozen_weights(self.kept):
             yield self.forward(exact)
             yield self.backward(exact, exact_t, quick)
-        if self.has_weight_kernel:
+        if self.convolves:
             yield self.weight_gradient(exact, quick)
+            yield self.forward(exact, contiguous=True)
 
     def exact_t(self) -> Tensor:
         """What is masked, in float64; the scale is folded into the weight."""
         weight = self.weight.double() * self.scale.double()[:, None, None, None]
         return self.convolve(self.x.double(), weight, self.shift.double())
 
-    def forward(self, exact: Tensor) -> Case:
-        """Plain torch has norm and mask folded into the weight, or apart behind it."""
+    def forward(self, exact: Tensor, *, contiguous: bool = False) -> Case:
+        """Plain torch has norm and mask folded into the weight, or apart behind it.
+
+        Where images are `contiguous`, torch computes them as they are, and is not compiled.
+        """
         gain = (self.mask * self.scale)[:, None, None]
         whole, offset = self.weight * gain[..., None], self.mask * self.shift + self.bias
         x = self.x.to(memory_format=LAST)
@@ -210,19 +214,21 @@ class Layer:
             return (u.mul_(gain).add_(offset[:, None, None]).relu_(),)
 
         def ours(way: Way) -> Tensors:
-            return (self.masked(x, vectors, way),)
+            return (self.masked(self.x if contiguous else x, vectors, way),)
 
         case = Case(
-            f"{self.name}, forward",
+            f"{self.name}, forward" + ", contiguous images" * contiguous,
             {
                 "torch, contiguous, folded": partial(fold, self.x, whole),
                 "torch, contiguous, apart": partial(apart, self.x, self.weight),
-                "torch, channels-last, folded": partial(fold, x, packed_whole),
-                "torch, channels-last, apart": partial(apart, x, packed),
             },
             (exact,),
         )
         self.add_nnpack(case, partial(fold, self.x, whole), whole)
+        if contiguous:
+            return self.with_ours(case, ours, frozen=False)
+        case.functions["torch, channels-last, folded"] = partial(fold, x, packed_whole)
+        case.functions["torch, channels-last, apart"] = partial(apart, x, packed)
         add_compiled(
             case,
             "torch.compile, channels-last, folded",
@@ -322,7 +328,7 @@ class Layer:
 class Linear(Layer):
     """The same of a linear layer, as images of one pixel; its weight's gradient is torch's."""
 
-    has_weight_kernel = False
+    convolves = False
 
     def __init__(self, channels: int, neurons: int, batch: int) -> None:
         super().__init__(Shape(channels, neurons, 1, kernel=1), batch)

@@ -198,7 +198,7 @@ def test_uncompilable_peer_is_excluded_with_the_reason():
 
 
 def test_nnpack_is_excluded_where_torch_does_not_use_it():
-    [forward, _] = layers.Layer(layers.Shape(4, 4, 4), 2).cases(quick=True)
+    [forward, *_] = layers.Layer(layers.Shape(4, 4, 4), 2).cases(quick=True)
     assert "NNPACK" in forward.excluded
     assert torch.backends.mkldnn.enabled
 

@@ -98,8 +98,8 @@ def masked_conv2d(
         gradients the filter's nine taps of a channel. Gradients of input and weight are computed by
         it too, but that of the input with stride 2 and an even padding is direct, and so is that of
         a 5×5 weight, of one with groups, and with stride 2 by `"winograd2"`. `"auto"` chooses for
-        each of them by the shape, for the output also torch's own convolution where that is faster,
-        and the direct one in float64.
+        each of them by the shape, for the output and the gradient of the weight also torch's own
+        convolution where that is faster, and the direct one in float64.
 
     Returns
     -------
