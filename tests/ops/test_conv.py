@@ -58,6 +58,7 @@ def test_every_dtype(name, dtype):
 LARGE = {  # enough work for torch's convolution to be called where it wins
     "image": Conv(8, 3, 40, 41, 24),
     "one channel": Conv(8, 1, 40, 41, 40, kernel=(5, 5), padding=(2, 2)),
+    "odd channels": Conv(5, 7, 31, 30, 21),
     "1x1 stride 2": Conv(9, 48, 33, 32, 48, kernel=(1, 1), stride=(2, 2), padding=(0, 0)),
     "5x5": Conv(3, 24, 17, 16, 24, kernel=(5, 5), padding=(2, 2)),
     "groups of 8": Conv(8, 32, 33, 32, 32, groups=4),
@@ -73,6 +74,18 @@ def test_float32_with_much_work(name, per_sample):
     inputs = conv_inputs(conv, torch.float32, per_sample)
     compare(inputs, conv, "relu", 1e-5)  # gradients of weights are Winograd's
     inputs["residual"] = None
+    compare(inputs, conv, "none", 1e-5)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", LARGE)
+def test_float32_with_much_work_and_no_vectors(name, channels_last):
+    """The gradient of u is that of the output, which the backward must leave as it is."""
+    conv = LARGE[name]
+    given = conv_inputs(conv, torch.float32)
+    inputs = {name: given[name] for name in ("x", "weight")}
+    if channels_last:
+        inputs["x"] = inputs["x"].to(memory_format=torch.channels_last)
     compare(inputs, conv, "none", 1e-5)
 
 
