@@ -108,6 +108,11 @@ def no_onednn() -> Iterator[None]:
         torch.backends.mkldnn.set_flags(True)
 
 
+def in_layout(tensors: Tensors, layout: torch.memory_format) -> Tensors:
+    """The tensors in float32, in a memory format."""
+    return tuple(tensor.float().contiguous(memory_format=layout) for tensor in tensors)
+
+
 class Layer:
     """``relu(mask * (scale * conv(x) + shift) + bias)``; gradients by x and mask, and by weight."""
 
@@ -254,10 +259,8 @@ class Layer:
 
     def backward(self, exact: Tensor, exact_t: Tensor, quick: bool) -> Case:
         """Gradients of x and mask, from what a forward keeps. NNPACK has none in torch."""
-        gain = (self.mask * self.scale)[:, None, None]
-        plain = [self.grad, self.x, self.weight, exact.float(), exact_t.float()]
-        last = [tensor.to(memory_format=LAST) for tensor in plain]
-        grad, x, packed, y, _ = last
+        given = self.grad, self.x, self.weight, exact, exact_t
+        grad, x, packed, y, _ = in_layout(given, LAST)
         u = self.convolve(x, packed)
         kept_x, kept_y, kept_u = (self.as_kept(tensor) for tensor in (x, y, u))
 
@@ -272,28 +275,15 @@ class Layer:
             sums, dx = self.masked_grads(grad, kept_x, kept_y, kept_u, vectors, way)
             return sums[1].sum(0), dx
 
-        doubles = [v.double() for v in (gain, self.grad, self.x, self.weight, exact, exact_t)]
-        case = Case(
-            f"{self.name}, backward",
-            {
-                "torch, contiguous": partial(torch_grads, gain, *plain),
-                "torch, channels-last": partial(torch_grads, gain, *last),
-            },
-            torch_grads(*doubles),
-        )
-        name = "torch.compile, channels-last"
-        add_compiled(case, name, lambda: partial(compiled(torch_grads), gain, *last), quick)
-        return self.with_ours(case, ours)
+        return self.with_ours(self.gradients("backward", torch_grads, given, quick), ours)
 
     def weight_gradient(self, exact: Tensor, quick: bool) -> Case:
         """The gradient of the weight, from what a forward keeps."""
-        gain, needed = (self.mask * self.scale)[:, None, None], [False, True, False]
-        plain = [self.grad, self.x, exact.float(), self.weight]
-        last = [tensor.to(memory_format=LAST) for tensor in plain]
-        grad, x, y, _ = last
+        given = self.grad, self.x, self.weight, exact
+        grad, x, _, y = in_layout(given, LAST)
 
-        def torch_grad(gain: Tensor, dy: Tensor, x: Tensor, y: Tensor, weight: Tensor) -> Tensors:
-            return (self.grads(dy * (y > 0) * gain, x, weight, needed)[1],)
+        def torch_grad(gain: Tensor, dy: Tensor, x: Tensor, weight: Tensor, y: Tensor) -> Tensors:
+            return (self.grads(dy * (y > 0) * gain, x, weight, [False, True, False])[1],)
 
         def ours(way: Way) -> Tensors:
             vectors = self.mask, self.scale, self.shift
@@ -303,18 +293,28 @@ class Layer:
             )
             return (dw,)
 
-        doubles = [v.double() for v in (gain, self.grad, self.x, exact, self.weight)]
+        case = self.gradients("weight gradient", torch_grad, given, quick)
+        return self.with_ours(case, ours, frozen=False)
+
+    def gradients(
+        self, what: str, function: Callable[..., Tensors], given: Tensors, quick: bool
+    ) -> Case:
+        """What torch makes, by a function of the gain and then the given tensors."""
+        gain = (self.mask * self.scale)[:, None, None]
+        last = in_layout(given, LAST)
         case = Case(
-            f"{self.name}, weight gradient",
+            f"{self.name}, {what}",
             {
-                "torch, contiguous": partial(torch_grad, gain, *plain),
-                "torch, channels-last": partial(torch_grad, gain, *last),
+                "torch, contiguous": partial(
+                    function, gain, *in_layout(given, torch.contiguous_format)
+                ),
+                "torch, channels-last": partial(function, gain, *last),
             },
-            torch_grad(*doubles),
+            function(gain.double(), *(tensor.double() for tensor in given)),
         )
         name = "torch.compile, channels-last"
-        add_compiled(case, name, lambda: partial(compiled(torch_grad), gain, *last), quick)
-        return self.with_ours(case, ours, frozen=False)
+        add_compiled(case, name, lambda: partial(compiled(function), gain, *last), quick)
+        return case
 
     def with_ours(self, case: Case, ours: Callable[[Way], Tensors], *, frozen: bool = True) -> Case:
         """The case with this project's own competitors, and the operations of all."""

@@ -12,7 +12,7 @@ Tensor empty(const Ints& sizes, ScalarType type);
 // An uninitialized channels-last image (N, C, H, W).
 Tensor empty_image(const Ints& sizes, ScalarType type);
 
-// An image on the CPU in this layout; itself where it has it already.
+// An image on the CPU in this layout, transposed by a kernel; itself where it has it already.
 Tensor channels_last_image(const Tensor& t);
 Tensor contiguous_image(const Tensor& t);
 
